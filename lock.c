@@ -1,0 +1,359 @@
+/* lock.c: owns the delivery locks of an mbox, which keep other programs out for a moment, and the lock of a session, which
+ * keeps a second one out for long.  Runs in the monitor and the tools. */
+#include "almond.h"
+
+#include <poll.h>
+#include <signal.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/statfs.h>
+#include <sys/un.h>
+
+#if ENABLE_MBOX
+
+enum kind { LOCK_FCNTL, LOCK_DOT, LOCK_FLOCK };
+static const enum kind order[] = { LOCK_ORDER };
+
+static bool has(enum kind k)
+{
+	size_t i;
+
+	for (i = 0; i < LEN(order); i++)
+		if (order[i] == k)
+			return true;
+	return false;
+}
+
+/* An open file description's lock where the kernel has them (3.15): it is not lost when another descriptor of the file is
+ * closed, and conflicts with the classic ones that delivery agents take. */
+static int lock_fcntl(int fd, short type)
+{
+	struct flock f = { .l_type = type, .l_whence = SEEK_SET };
+	int r = fcntl(fd, F_OFD_SETLK, &f);
+
+	if (r < 0 && errno == EINVAL)
+		r = fcntl(fd, F_SETLK, &f);
+	return r < 0 ? -errno : 0;
+}
+
+/* On NFS flock is an fcntl lock in disguise, and would wait for our own. */
+static int lock_flock(int fd, int how)
+{
+	struct statfs fs;
+
+	if (fstatfs(fd, &fs) == 0 && fs.f_type == 0x6969)
+		return 0;
+	return flock(fd, how | LOCK_NB) < 0 ? -errno : 0;
+}
+
+/* ---- dot-locks ---- */
+
+static void boot_id(char *to, size_t room)
+{
+	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? 0 : read(fd, to, room - 1);
+
+	to[n < 0 ? 0 : n] = 0;
+	if (fd >= 0)
+		close(fd);
+}
+
+/* Is the process that a dot-lock names alive?  Ours names the boot too: after a reboot its pid means nothing.  0 and no
+ * number (procmail) say nothing, and count as "no". */
+static bool owner_lives(int dir, const char *file)
+{
+	int fd = openat(dir, file, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), pid = 0;
+	char text[80], id[40], *p = text;
+	ssize_t n;
+
+	if (fd < 0)
+		return false;
+	n = read(fd, text, sizeof text - 1);
+	close(fd);
+	text[n < 0 ? 0 : n] = 0;
+	while (*p >= '0' && *p <= '9' && pid < 100000000)
+		pid = pid * 10 + *p++ - '0';
+	boot_id(id, sizeof id);
+	if (*p == '\n' && p[1] && *id && strcmp(p + 1, id) != 0)
+		return false;
+	return pid > 0 && (kill(pid, 0) == 0 || errno == EPERM);
+}
+
+static int dot_make(struct lock *l)
+{
+	int fd = openat(l->dir, l->file, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0444);
+	char text[64];
+	size_t n;
+
+	if (fd < 0)
+		return errno == EEXIST ? -EBUSY : -errno;
+	l->dot = true;
+	l->touched = now();
+	n = fmt(text, sizeof text, "%d\n", (int)getpid());
+	boot_id(text + n, sizeof text - n);
+	n = write_all(fd, text, strlen(text)) < 0;
+	close(fd);
+	return n ? -EIO : 0;
+}
+
+/* A foreign dot-lock, watched while the kernel's locks are ours: stale when it stayed the same for LOCK_STALE. */
+struct watch { ino_t inode; struct timespec time; uint64_t since; };
+
+static void dot_watch(struct watch *w, int dir, const char *file)
+{
+	struct stat st;
+
+	if (fstatat(dir, file, &st, AT_SYMLINK_NOFOLLOW) < 0)
+		return;
+	if (!w->since || st.st_ino != w->inode || st.st_mtim.tv_sec != w->time.tv_sec ||
+	    st.st_mtim.tv_nsec != w->time.tv_nsec || owner_lives(dir, file)) {
+		w->inode = st.st_ino;
+		w->time = st.st_mtim;
+		w->since = now();
+	} else if (now() - w->since >= LOCK_STALE) {
+		w->since = 0;
+		if (unlinkat(dir, file, 0) == 0)
+			log_line(L_WARN, "lock: removed %s, which nobody held for %u s", file, LOCK_STALE / 1000);
+	}
+}
+
+/* ---- all of them ---- */
+
+/* One try.  A dot-lock in a directory that we may not write is left out: the kernel's locks then are what there is. */
+static int lock_try(struct lock *l, struct watch *w)
+{
+	size_t i;
+	int err = 0;
+
+	for (i = 0; i < LEN(order) && !err; i++) {
+		if (order[i] == LOCK_FCNTL)
+			err = lock_fcntl(l->fd, F_WRLCK);
+		else if (order[i] == LOCK_FLOCK)
+			err = lock_flock(l->fd, LOCK_EX);
+		else
+			err = dot_make(l);
+		if (order[i] == LOCK_DOT && (err == -EACCES || err == -EPERM) && LEN(order) > 1)
+			err = 0;
+	}
+	l->held = true;
+	if (err == -EBUSY)
+		dot_watch(w, l->dir, l->file);
+	if (err)
+		lock_drop(l);
+	return err;
+}
+
+static bool again(int err)
+{
+	return err == -EAGAIN || err == -EACCES || err == -EBUSY;
+}
+
+/* Wait a little longer each time; a bit at random, so that two who wait for each other's locks do not meet for ever. */
+static bool wait_more(unsigned *pause, uint64_t end)
+{
+	uint8_t r = 0;
+
+	if (now() >= end)
+		return false;
+	random_bytes(&r, 1);
+	nap(*pause + r % (*pause + 1));
+	*pause = *pause < 250 ? *pause * 2 : 250;
+	return true;
+}
+
+int lock_take(struct lock *l, int dir, const char *box, int fd)
+{
+	uint64_t end = now() + LOCK_WAIT;
+	struct watch w = { .since = 0 };
+	unsigned pause = 5;
+	int err;
+
+	*l = (struct lock){ .dir = dir, .fd = fd };
+	fmt(l->file, sizeof l->file, "%s.lock", box);
+	do
+		err = lock_try(l, &w);
+	while (again(err) && wait_more(&pause, end));
+	return again(err) ? -EBUSY : err;
+}
+
+/* Others break a dot-lock that nobody touches (maildrop: after 60 s). */
+void lock_touch(struct lock *l)
+{
+	if (!l->dot || now() - l->touched < 10000)
+		return;
+	utimensat(l->dir, l->file, NULL, AT_SYMLINK_NOFOLLOW);
+	l->touched = now();
+}
+
+void lock_drop(struct lock *l)
+{
+	if (!l->held)
+		return;
+	if (has(LOCK_FLOCK))
+		flock(l->fd, LOCK_UN);
+	if (l->dot)
+		unlinkat(l->dir, l->file, 0);
+	if (has(LOCK_FCNTL))
+		lock_fcntl(l->fd, F_UNLCK);
+	l->held = l->dot = false;
+}
+
+static bool dot_held(int dir, const char *file)
+{
+	struct stat st;
+
+	return has(LOCK_DOT) && fstatat(dir, file, &st, AT_SYMLINK_NOFOLLOW) == 0;
+}
+
+/* A dot-lock cannot be made without a write, so it is looked for before and after: one who locked in between either still
+ * holds it, or has changed what the second fstat sees. */
+static int snapshot_try(int dir, const char *file, int fd, struct stat *st, struct watch *w)
+{
+	struct stat before;
+	int err = has(LOCK_FCNTL) ? lock_fcntl(fd, F_RDLCK) : 0;
+
+	if (!err && has(LOCK_FLOCK))
+		err = lock_flock(fd, LOCK_SH);
+	if (!err && dot_held(dir, file)) {
+		dot_watch(w, dir, file);
+		err = -EBUSY;
+	}
+	if (!err && (fstat(fd, &before) < 0 || dot_held(dir, file) || fstat(fd, st) < 0 ||
+	    before.st_size != st->st_size))
+		err = -EBUSY;
+	if (has(LOCK_FLOCK))
+		flock(fd, LOCK_UN);
+	if (has(LOCK_FCNTL))
+		lock_fcntl(fd, F_UNLCK);
+	return err;
+}
+
+int lock_snapshot(int dir, const char *box, int fd, struct stat *st)
+{
+	uint64_t end = now() + LOCK_WAIT;
+	struct watch w = { .since = 0 };
+	char file[MAX_NAME + 6];
+	unsigned pause = 5;
+	int err;
+
+	fmt(file, sizeof file, "%s.lock", box);
+	do
+		err = snapshot_try(dir, file, fd, st, &w);
+	while (again(err) && wait_more(&pause, end));
+	return again(err) ? -EBUSY : err;
+}
+#endif
+
+/* ---- the lock of a session: a listening socket ---- */
+
+/* Its address: in RUN_DIR where only root may write there (0700), else in the abstract name space, where anybody may take a name
+ * first: then the holder's uid is looked at. */
+static socklen_t session_address(struct sockaddr_un *a, const struct stat *spool, const char *box)
+{
+	struct stat st;
+	struct sum sum;
+	size_t n = 0;
+
+	sum_init(&sum);
+	sum_add(&sum, &spool->st_dev, sizeof spool->st_dev);
+	sum_add(&sum, &spool->st_ino, sizeof spool->st_ino);
+	sum_add(&sum, box, strlen(box));
+	memset(a, 0, sizeof *a);
+	a->sun_family = AF_UNIX;
+	if (geteuid() == 0 && (mkdir(RUN_DIR, 0700) == 0 || errno == EEXIST) && lstat(RUN_DIR, &st) == 0 &&
+	    S_ISDIR(st.st_mode) && st.st_uid == 0 && !(st.st_mode & 077))
+		n = fmt(a->sun_path, sizeof a->sun_path, RUN_DIR "/%llx", (unsigned long long)sum_end(&sum));
+	else
+		n = 1 + fmt(a->sun_path + 1, sizeof a->sun_path - 1, "almond/%llx", (unsigned long long)sum_end(&sum));
+	return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n);
+}
+
+static bool peer_is(int fd, uid_t uid)
+{
+	struct ucred c;
+	socklen_t n = sizeof c;
+
+	return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &c, &n) == 0 && (c.uid == 0 || c.uid == uid || c.uid == geteuid());
+}
+
+static int session_dial(const struct sockaddr_un *a, socklen_t n)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), err;
+
+	if (fd < 0 || connect(fd, (const struct sockaddr *)a, n) == 0)
+		return fd < 0 ? -errno : fd;
+	err = -errno;
+	close(fd);
+	return err;
+}
+
+/* Ask the holder to give way.  0: it did; -EBUSY: it will not, or is committing; -EPERM: it is none of us. */
+static int session_ask(int fd, uid_t uid)
+{
+	struct pollfd p = { .fd = fd, .events = POLLIN };
+	int err = -EPERM;
+	char c;
+
+	if (peer_is(fd, uid))
+		err = poll(&p, 1, 2000) == 1 && read(fd, &c, 1) == 0 ? 0 : -EBUSY;
+	close(fd);
+	return err;
+}
+
+static int session_listen(int fd, const struct sockaddr_un *a, socklen_t n)
+{
+	return bind(fd, (const struct sockaddr *)a, n) < 0 || listen(fd, 4) < 0 ? -errno : 0;
+}
+
+/* Listen, or reach who does: *holder.  What a dead one left in RUN_DIR is removed, under a guard, since one who has bound but
+ * does not listen yet looks just as dead. */
+static int session_try(int fd, const struct sockaddr_un *a, socklen_t n, int *holder)
+{
+	int guard = *a->sun_path ? open(RUN_DIR, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1, err;
+
+	if (guard >= 0)
+		flock(guard, LOCK_EX);
+	err = session_listen(fd, a, n);
+	*holder = err == -EADDRINUSE ? session_dial(a, n) : -1;
+	if (*holder == -ECONNREFUSED && guard >= 0 && unlink(a->sun_path) == 0)
+		err = session_listen(fd, a, n);
+	if (guard >= 0)
+		close(guard);
+	return err;
+}
+
+int session_lock(const struct stat *spool, const char *box, uid_t uid)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), holder = -1, err, tries = 3;
+	struct sockaddr_un a;
+	socklen_t n = session_address(&a, spool, box);
+
+	do {
+		err = fd < 0 ? -errno : session_try(fd, &a, n, &holder);
+		if (!err)
+			return fd;
+		if (err == -EADDRINUSE)
+			err = holder < 0 ? 0 : session_ask(holder, uid);
+	} while (!err && tries--);
+	if (fd >= 0)
+		close(fd);
+	if (!err || err == -EBUSY)
+		return -EBUSY;
+	log_line(L_WARN, "lock: no session lock for %s: %s; going on without", box,
+	    err == -EPERM ? "another program took its name" : reason(err));
+	return -ENOLCK;
+}
+
+bool session_asked(int lock, uid_t uid, uint64_t silent)
+{
+	int fd = accept(lock, NULL, NULL);
+	bool give = fd >= 0 && peer_is(fd, uid) && silent >= TAKEOVER_IDLE;
+
+	if (give)
+		close(lock);
+	else if (fd >= 0)
+		send(fd, "B", 1, MSG_NOSIGNAL);
+	if (fd >= 0)
+		close(fd);
+	return give;
+}

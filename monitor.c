@@ -1,0 +1,666 @@
+/* monitor.c: owns the few questions between the session and its monitor.  The first part runs in the session; the rest in the
+ * monitor, as root until a login where it was started so, then as the user; it parses nothing that came from the net: questions
+ * and answers are structs of fixed size, and each side checks all that it reads.
+ *
+ * question   when               answer               checked
+ * HELLO      first, once        greeting, CAPA       -
+ * PASS APOP  then, MAX_TRIES    0, -EACCES           name, ends in NUL; a password in clear only where it may cross
+ * OPEN       logged in, once    snapshot, descriptor -
+ * FETCH      open, a Maildir    descriptor           number
+ * GONE       open               -                    count; COMMIT looks at the extents
+ * COMMIT     open, once         0 or -errno          each extent, by the store, under the lock
+ * NOTE       any                -                    enum
+ * As root: HELLO, PASS and APOP.  As the user, where we were root: the rest. */
+#include "almond.h"
+
+#include <poll.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+
+struct page *page;
+
+enum op { HELLO, PASS, APOP, OPEN, FETCH, GONE, COMMIT, NOTE };
+enum { GONES = 13, MAX_NOTES = 20 };
+struct question {
+	uint32_t op, n;
+	int32_t err;
+	union {
+		struct { char name[MAX_NAME + 1], secret[MAX_SECRET - 1]; } login;
+		struct gone gone[GONES];
+	} u;
+};
+struct answer {
+	int32_t err;
+	uint32_t maildir;
+	uint64_t size;
+	union { struct hello hello; struct stat seen; } u;
+};
+
+static int ask(struct question *q, struct answer *a, int *fd);
+
+/* ---- the session's side ---- */
+
+int ask_hello(struct hello *h)
+{
+	struct question q = { .op = HELLO };
+	struct answer a;
+
+	ask(&q, &a, NULL);
+	*h = a.u.hello;
+	h->host[sizeof h->host - 1] = h->stamp[sizeof h->stamp - 1] = 0;
+	return a.err;
+}
+
+static int ask_login(enum op op, const char *name, const void *secret, size_t n)
+{
+	struct question q = { .op = op, .n = (uint32_t)n };
+	struct answer a;
+
+	must(n <= sizeof q.u.login.secret && !name_fault(name));
+	memcpy(q.u.login.name, name, strlen(name));
+	memcpy(q.u.login.secret, secret, n);
+	ask(&q, &a, NULL);
+	wipe(&q, sizeof q);
+	return a.err;
+}
+
+int ask_pass(const char *name, const char *secret, size_t n)
+{
+	return ask_login(PASS, name, secret, n);
+}
+
+int ask_apop(const char *name, const uint8_t digest[MD5_SIZE])
+{
+	return ask_login(APOP, name, digest, MD5_SIZE);
+}
+
+static const struct store *const stores[] = {
+#if ENABLE_MBOX
+	&mbox_store,
+#else
+	NULL,
+#endif
+#if ENABLE_MAILDIR
+	&maildir_store,
+#else
+	NULL,
+#endif
+};
+
+int ask_open(struct box *b)
+{
+	struct question q = { .op = OPEN };
+	struct answer a;
+
+	b->fd = -1;
+	ask(&q, &a, &b->fd);
+	if (a.err == -ENOENT)   /* no mailbox is an empty one */
+		return 0;
+	b->store = stores[a.maildir & 1];
+	b->size = a.size;
+	b->seen = a.u.seen;
+	return a.err;
+}
+
+int ask_fetch(uint32_t number)
+{
+	struct question q = { .op = FETCH, .n = number };
+	struct answer a;
+	int fd = -1;
+
+	ask(&q, &a, &fd);
+	return a.err ? a.err : fd < 0 ? -EIO : fd;
+}
+
+int ask_commit(struct box *b)
+{
+	struct question q = { .op = GONE };
+	struct answer a;
+	uint32_t i;
+
+	page->dele = 0;
+	for (i = 0; i < b->count; i++) {
+		if (!(b->msg[i].flags & DELETED))
+			continue;
+		b->store->gone(b, i, &q.u.gone[q.n++]);
+		page->dele++;
+		if (q.n == GONES) {
+			ask(&q, &a, NULL);
+			q.n = 0;
+		}
+	}
+	if (q.n)
+		ask(&q, &a, NULL);
+	q.op = COMMIT;
+	ask(&q, &a, NULL);
+	return a.err;
+}
+
+void ask_note(enum note note, uint32_t number, int err)
+{
+	struct question q = { .op = NOTE, .n = note, .err = err };
+	struct answer a;
+
+	q.u.gone[0].at = number;
+	ask(&q, &a, NULL);
+}
+
+/* ---- the monitor's side ---- */
+
+enum stage { START, GREETED, KNOWN, OPENED, DONE };
+static struct {
+	enum stage stage;
+	unsigned tries, notes;
+	uint64_t since;
+	struct account who;
+	struct vault vault;
+	int lock;               /* the session lock, -errno while there is none */
+	struct gone *gone;
+	size_t gones, gone_room;
+	bool clear;
+	const char *method;
+	char addr[48], stamp[96];
+} m = { .lock = -ENOLCK, .vault.fd = -1, .method = "none" };
+
+static volatile sig_atomic_t stop;
+
+/* RFC 1939, section 7.  Letters and digits: mpop refuses '='. */
+static void make_stamp(const char *host)
+{
+	uint8_t r[20];
+	size_t i;
+
+	if (!ENABLE_APOP || !auth_apop_for_all() || random_bytes(r, sizeof r))
+		return;
+	*m.stamp = '<';
+	for (i = 0; i < sizeof r; i++)
+		m.stamp[1 + i] = "abcdefghijkmnpqrstuvwxyz23456789"[r[i] & 31];
+	fmt(m.stamp + 1 + i, sizeof m.stamp - 1 - i, "@%s>", host);
+}
+
+static void answer_hello(struct answer *a)
+{
+	struct hello *h = &a->u.hello;
+	char *p;
+
+	if (gethostname(h->host, sizeof h->host) < 0 || !*h->host)
+		memcpy(h->host, "localhost", 10);
+	h->host[sizeof h->host - 1] = 0;
+	for (p = h->host; *p; p++)
+		if (*p <= ' ' || *p > '~' || *p == '<' || *p == '>')
+			*p = '-';
+	make_stamp(h->host);
+	memcpy(h->stamp, m.stamp, sizeof m.stamp);
+	h->clear = m.clear;
+	m.stage = GREETED;
+}
+
+/* The mailbox's session lock and the user's rights: what only root can get, before it stops being root. */
+static int take_identity(void)
+{
+	struct stat spool;
+	int err;
+
+	m.vault.spool = open(conf.spool, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (m.vault.spool < 0 || fstat(m.vault.spool, &spool) < 0) {
+		err = -errno;
+		log_line(L_ERROR, "spool %s: %s; make it, or name another with -d", conf.spool, reason(err));
+		return err;
+	}
+	m.lock = session_lock(&spool, m.who.box, m.who.uid);
+	err = become(m.who.uid, m.who.gid);
+	if (err)
+		log_line(L_ERROR, "user %s: cannot take his identity: %s", m.who.name, reason(err));
+	return err;
+}
+
+static int answer_login(struct question *q)
+{
+	bool apop = q->op == APOP;
+	uint64_t start = now();
+	char name[200];
+	size_t n = q->n;
+	int err = -EACCES;
+
+	if (q->u.login.name[MAX_NAME] || name_fault(q->u.login.name) || n > sizeof q->u.login.secret ||
+	    (apop && n != MD5_SIZE))
+		return -EINVAL;
+	m.tries++;
+	m.method = apop ? "APOP" : "PASS";
+	if (ENABLE_APOP && apop && *m.stamp)
+		err = auth_apop(q->u.login.name, m.stamp, (const uint8_t *)q->u.login.secret, &m.who);
+	else if (!apop && m.clear)
+		err = auth_password(q->u.login.name, q->u.login.secret, n, &m.who);
+	wipe(q->u.login.secret, sizeof q->u.login.secret);
+	if (!err) {
+		m.stage = KNOWN;
+		counters->logins++;
+		return take_identity();
+	}
+	counters->failures++;
+	log_line(L_NOTE, "auth fail user=%s rip=%s method=%s",
+	    escape(name, sizeof name, q->u.login.name, strlen(q->u.login.name)), m.addr, m.method);
+	start += FAIL_DELAY * m.tries;
+	if (now() < start)
+		nap((unsigned)(start - now()));
+	return err;
+}
+
+static int answer_open(struct answer *a, int *fd)
+{
+	int err;
+
+	if (m.lock < 0 && m.lock != -ENOLCK)
+		return m.lock;
+	memcpy(m.vault.box, m.who.box, sizeof m.vault.box);
+	err = vault_open(&m.vault);
+	if (err)
+		return err;
+	m.stage = OPENED;
+	a->maildir = m.vault.maildir;
+	a->size = m.vault.maildir ? m.vault.count : (uint64_t)m.vault.seen.st_size;
+	a->u.seen = m.vault.seen;
+	if (m.vault.fd < 0)
+		return -ENOENT;
+	if (!m.vault.maildir)
+		*fd = m.vault.fd;
+	return 0;
+}
+
+static int answer_gone(const struct question *q)
+{
+	size_t room = m.gone_room ? m.gone_room * 2 : 4096 / sizeof *m.gone;
+
+	if (q->n > GONES || m.gones + q->n > MAX_MESSAGES)
+		return -EINVAL;
+	if (m.gones + q->n > m.gone_room) {
+		if (!map_grow(&m.gone, m.gone_room * sizeof *m.gone, room * sizeof *m.gone))
+			return -ENOMEM;
+		m.gone_room = room;
+	}
+	memcpy(m.gone + m.gones, q->u.gone, q->n * sizeof *m.gone);
+	m.gones += q->n;
+	return 0;
+}
+
+static int commit(void)
+{
+	if (ENABLE_MAILDIR && m.vault.maildir)
+		return maildir_commit(&m.vault, m.gone, m.gones);
+	if (ENABLE_MBOX && !m.vault.maildir)
+		return mbox_commit(&m.vault, m.gone, m.gones);
+	return -EINVAL;
+}
+
+/* Whatever comes of it, the session is over: who comes next need not wait until the line is closed. */
+static int answer_commit(void)
+{
+	int err = m.gones ? commit() : 0;
+
+	m.stage = DONE;
+	if (m.lock >= 0)
+		close(m.lock);
+	m.lock = -ENOLCK;
+	if (err)
+		log_line(L_ERROR, "commit user=%s rip=%s: %s; nothing of the mail was lost, the client will try again",
+		    m.who.name, m.addr, reason(err));
+	return err;
+}
+
+static int answer_note(const struct question *q)
+{
+	static const char *const text[NOTE_COUNT] = {
+		"a name that no mailbox can have was refused",
+		"a password in clear was refused; list the network with -n if that is meant",
+		"another program changed the mailbox during the session",
+		"the mail cannot be read",
+		"the mailbox holds more messages than MAX_MESSAGES",
+	};
+
+	if (q->n >= NOTE_COUNT || ++m.notes > MAX_NOTES)
+		return -EINVAL;
+	log_line(L_WARN, "note user=%s rip=%s: %s (message %u%s%s)", *m.who.name ? m.who.name : "-", m.addr, text[q->n],
+	    (unsigned)q->u.gone[0].at, q->err ? ", " : "", q->err ? reason(q->err) : "");
+	return 0;
+}
+
+/* A question out of its turn is answered -EPROTO; nothing happens. */
+static int answer(struct question *q, struct answer *a, int *fd)
+{
+	static const uint8_t stage_of[] = { START, GREETED, GREETED, KNOWN, OPENED, OPENED, OPENED };
+
+	memset(a, 0, sizeof *a);
+	if (q->op == NOTE)
+		return answer_note(q);
+	if (q->op > NOTE || m.stage != stage_of[q->op])
+		return q->op == COMMIT && m.stage == KNOWN ? 0 : -EPROTO;
+	switch (q->op) {
+	case HELLO:
+		answer_hello(a);
+		return 0;
+	case PASS:
+	case APOP:
+		return m.tries < MAX_TRIES ? answer_login(q) : -EPROTO;
+	case OPEN:
+		return answer_open(a, fd);
+	case FETCH:
+		if (!ENABLE_MAILDIR || !m.vault.maildir)
+			return -EPROTO;
+		*fd = maildir_fetch(&m.vault, q->n);
+		return *fd < 0 ? *fd : 0;
+	case GONE:
+		return answer_gone(q);
+	case COMMIT:
+		return answer_commit();
+	default:
+		return -EPROTO;
+	}
+}
+
+/* ---- the mailbox, from outside ---- */
+
+int open_quiet(int dir, const char *path)
+{
+	const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
+	int fd = openat(dir, path, flags | O_NOATIME);
+
+	if (fd < 0 && errno == EPERM)
+		fd = openat(dir, path, flags);
+	return fd < 0 ? -errno : fd;
+}
+
+static int vault_refuse(const struct vault *v, const char *why)
+{
+	log_line(L_ERROR, "mailbox %s refused: %s; `almond check` tells more", v->box, why);
+	return -EPERM;
+}
+
+static int vault_maildir(struct vault *v)
+{
+	int err;
+
+	v->maildir = true;
+	if (!ENABLE_MAILDIR)
+		return vault_refuse(v, "it is a directory, and ENABLE_MAILDIR is off");
+	err = maildir_snapshot(v);
+	return err == -ENOTDIR ? vault_refuse(v, "a directory without cur and new is no Maildir") : err;
+}
+
+static int vault_mbox(struct vault *v)
+{
+	int err;
+
+	if (!ENABLE_MBOX)
+		return vault_refuse(v, "it is a file, and ENABLE_MBOX is off");
+	err = lock_snapshot(v->spool, v->box, v->fd, &v->seen);
+	return err ? err : v->seen.st_nlink != 1 ? -EAGAIN : 0;
+}
+
+int vault_open(struct vault *v)
+{
+	struct stat st;
+
+	v->fd = open_quiet(v->spool, v->box);
+	if (v->fd == -ENOENT) {
+		v->fd = -1;
+		return 0;
+	}
+	if (v->fd == -ELOOP)
+		return vault_refuse(v, "it is a symbolic link");
+	if (v->fd == -EACCES)
+		return vault_refuse(v, "its rights do not let its user read it");
+	if (v->fd < 0 || fstat(v->fd, &st) < 0)
+		return v->fd < 0 ? v->fd : -errno;
+	if (st.st_uid != geteuid())
+		return vault_refuse(v, "it belongs to another user");
+	if (S_ISDIR(st.st_mode))
+		return vault_maildir(v);
+	if (!S_ISREG(st.st_mode))
+		return vault_refuse(v, "it is neither a file nor a directory");
+	if (st.st_nlink != 1)
+		return vault_refuse(v, "it has a second hard link");
+	return vault_mbox(v);
+}
+
+/* ---- two processes, or one ---- */
+
+static struct wire wire;
+
+static void ended(void)
+{
+	static const char *const why[WHY_COUNT] = { "lost", "quit", "idle", "errors", "store", "taken over", "stopped" };
+	uint32_t w = page->why;
+
+	counters->retrieved += page->retr;
+	counters->deleted += m.gones ? page->dele : 0;
+	if (m.stage < KNOWN)
+		return;
+	log_line(L_INFO, "end user=%s rip=%s method=%s tls=no retr=%u top=%u dele=%u left=%u bytes=%llu secs=%llu why=%s",
+	    m.who.name, m.addr, m.method, page->retr, page->top, page->dele, page->left, (unsigned long long)page->bytes,
+	    (unsigned long long)(now() - m.since) / 1000, why[w < WHY_COUNT ? w : WHY_LOST]);
+}
+
+static void on_stop(int sig)
+{
+	(void)sig;
+	stop = 1;
+}
+
+static bool asked(void)
+{
+	uint64_t silent = now() - (uint64_t)page->pulse * 1000;
+
+	if (!session_asked(m.lock, m.who.uid, silent))
+		return false;
+	m.lock = -ENOLCK;
+	m.stage = DONE;         /* no COMMIT any more */
+	page->why = WHY_TAKEN;
+	return true;
+}
+
+static int serve(int in, int out)
+{
+	int nodelay = 1;
+
+	wire.in = in;
+	wire.out = out;
+	wire.pulse = &page->pulse;
+	*wire.pulse = (uint32_t)(now() / 1000);
+	if (setsockopt(out, 6, 1, &nodelay, sizeof nodelay) == 0)       /* IPPROTO_TCP, TCP_NODELAY: replies are whole */
+		fcntl(out, F_SETFL, fcntl(out, F_GETFL) | O_NONBLOCK);
+	pop3(&wire);
+	return 0;
+}
+
+#if ENABLE_PRIVSEP
+
+static int channel = -1;
+
+/* One message of n octets, and a descriptor with it where fd >= 0. */
+static bool message_send(const void *p, size_t n, int fd)
+{
+	union { struct cmsghdr h; char room[CMSG_SPACE(sizeof fd)]; } c = { .room = "" };
+	struct iovec v = { .iov_len = n };
+	struct msghdr h = { .msg_iov = &v, .msg_iovlen = 1 };
+
+	memcpy(&v.iov_base, &p, sizeof p);
+	if (fd >= 0) {
+		h.msg_control = c.room;
+		h.msg_controllen = sizeof c.room;
+		c.h.cmsg_level = SOL_SOCKET;
+		c.h.cmsg_type = SCM_RIGHTS;
+		c.h.cmsg_len = CMSG_LEN(sizeof fd);
+		memcpy(CMSG_DATA(&c.h), &fd, sizeof fd);
+	}
+	return sendmsg(channel, &h, MSG_NOSIGNAL) == (ssize_t)n;
+}
+
+/* The next one, of exactly n octets; *fd, where fd is not NULL, gets a descriptor that came with it. */
+static bool message_receive(void *p, size_t n, int *fd)
+{
+	union { struct cmsghdr h; char room[CMSG_SPACE(sizeof *fd)]; } c = { .room = "" };
+	struct iovec v = { .iov_base = p, .iov_len = n };
+	struct msghdr h = { .msg_iov = &v, .msg_iovlen = 1 };
+	ssize_t k;
+
+	if (fd) {
+		h.msg_control = c.room;
+		h.msg_controllen = sizeof c.room;
+	}
+	do
+		k = recvmsg(channel, &h, MSG_CMSG_CLOEXEC);
+	while (k < 0 && errno == EINTR);
+	if (k != (ssize_t)n || h.msg_flags & MSG_TRUNC)
+		return false;
+	if (fd && h.msg_controllen >= CMSG_LEN(sizeof *fd) && c.h.cmsg_type == SCM_RIGHTS)
+		memcpy(fd, CMSG_DATA(&c.h), sizeof *fd);
+	return true;
+}
+
+static int ask(struct question *q, struct answer *a, int *fd)
+{
+	if (!message_send(q, sizeof *q, -1) || !message_receive(a, sizeof *a, fd))
+		_exit(EX_TEMP);         /* the monitor ended the session */
+	return a->err;
+}
+
+static bool hung_up(void)
+{
+	return true;
+}
+
+/* The session's descriptors: 0 and 1 the client, 2 for a last word, 3 the monitor; nothing else. */
+static int session(int in, int out, int chan)
+{
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC), fd;
+
+	chan = fcntl(chan, F_DUPFD, 4);
+	in = fcntl(in, F_DUPFD, 4);
+	out = fcntl(out, F_DUPFD, 4);
+	if (!log_open_stderr())
+		dup2(null, 2);
+	if (in < 0 || out < 0 || chan < 0 || dup2(in, 0) < 0 || dup2(out, 1) < 0 || dup2(chan, 3) < 0)
+		return EX_OS;
+	for (fd = 4; fd < 64; fd++)
+		close(fd);
+	channel = wire.watch = 3;
+	wire.woken = hung_up;
+	become_session();
+	return serve(0, 1);
+}
+
+/* Answer until the session ends, someone takes over, or we are told to stop; a stop waits until an answer is given. */
+static void answer_all(const sigset_t *unblocked)
+{
+	struct pollfd p[2] = { { .fd = channel, .events = POLLIN }, { .events = POLLIN } };
+	struct question q;
+	struct answer a;
+	int fd, n;
+
+	for (;;) {
+		p[1].fd = m.lock;
+		n = ppoll(p, 2, NULL, unblocked);
+		if (stop) {
+			page->why = WHY_STOP;
+			return;
+		}
+		if (n > 0 && p[1].revents && asked())
+			return;
+		if (n <= 0 || !p[0].revents)
+			continue;
+		if (!message_receive(&q, sizeof q, NULL))
+			return;
+		fd = -1;
+		n = answer(&q, &a, &fd);
+		a.err = n;
+		wipe(&q, sizeof q);
+		if (!message_send(&a, sizeof a, fd))
+			return;
+		if (fd >= 0 && m.vault.maildir)
+			close(fd);
+	}
+}
+
+static int run(int in, int out, const sigset_t *unblocked)
+{
+	int pair[2], status = 0, null;
+	pid_t child;
+
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+		return EX_OS;
+	child = fork();
+	if (child < 0)
+		return EX_OS;
+	if (child == 0) {
+		signal(SIGTERM, SIG_DFL);
+		signal(SIGINT, SIG_DFL);
+		sigprocmask(SIG_SETMASK, unblocked, NULL);
+		_exit(session(in, out, pair[1]));
+	}
+	close(pair[1]);
+	channel = pair[0];
+	null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	dup2(null, in);         /* the line is the session's: when it ends, the client must see it */
+	dup2(null, out);
+	if (!log_open_stderr())
+		dup2(null, 2);
+	close(null);
+	answer_all(unblocked);
+	close(channel);
+	if (m.lock >= 0)
+		close(m.lock);
+	while (waitpid(child, &status, 0) < 0 && errno == EINTR)
+		;
+	if (WIFSIGNALED(status))
+		log_line(L_ERROR, "session user=%s rip=%s died by signal %d, please report it; the mail is as it was",
+		    *m.who.name ? m.who.name : "-", m.addr, WTERMSIG(status));
+	return 0;
+}
+
+#else
+
+static int ask(struct question *q, struct answer *a, int *fd)
+{
+	int none = -1, err = answer(q, a, fd ? fd : &none);
+
+	a->err = err;
+	wire.watch = m.lock;
+	return err;
+}
+
+static int run(int in, int out, const sigset_t *unblocked)
+{
+	sigprocmask(SIG_SETMASK, unblocked, NULL);
+	wire.watch = -1;
+	wire.woken = asked;
+	return serve(in, out);
+}
+#endif
+
+int monitor(int in, int out)
+{
+	struct sigaction sa = { .sa_handler = on_stop };
+	sigset_t blocked, unblocked;
+	int err;
+
+	page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (page == MAP_FAILED)
+		return EX_OS;
+	sigemptyset(&blocked);
+	sigaddset(&blocked, SIGTERM);
+	sigaddset(&blocked, SIGINT);
+	sigprocmask(SIG_BLOCK, &blocked, NULL);
+	sigemptyset(&unblocked);
+	sigaction(SIGTERM, &sa, NULL);
+	sigaction(SIGINT, &sa, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	signal(SIGHUP, SIG_IGN);
+	signal(SIGCHLD, SIG_DFL);
+	m.since = now();
+	m.clear = peer_trusted(in, m.addr);
+	err = run(in, out, &unblocked);
+	ended();
+	return err;
+}

@@ -1,0 +1,306 @@
+/* text.c: owns text without stdio: formatting, numbers, names, lines of small files, the log; and the clock.  Any process. */
+#include "almond.h"
+
+#include <poll.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+
+size_t vfmt(char *to, size_t room, const char *f, va_list ap)
+{
+	char digits[24], *d;
+	const char *s;
+	size_t n = 0;
+	unsigned base;
+	uint64_t u;
+	bool negative, wide;
+
+	for (; *f; f++) {
+		d = digits + sizeof digits - 1;
+		*d = 0;
+		s = d;
+		if (*f != '%') {
+			*--d = *f;
+			s = d;
+		} else {
+			wide = false;
+			while (*++f == 'l' || *f == 'z')
+				wide |= f[1] == 'l' || sizeof (long) == 8;
+			base = *f == 'x' ? 16 : 10;
+			negative = false;
+			switch (*f) {
+			case 's':
+				s = va_arg(ap, const char *);
+				break;
+			case 'd':
+			case 'u':
+			case 'x':
+				u = wide ? va_arg(ap, uint64_t) : va_arg(ap, unsigned);
+				if (*f == 'd' && !wide)
+					u = (uint64_t)(int64_t)(int)u;
+				if (*f == 'd' && (int64_t)u < 0) {
+					negative = true;
+					u = -u;
+				}
+				do
+					*--d = "0123456789abcdef"[u % base];
+				while (u /= base);
+				if (negative)
+					*--d = '-';
+				s = d;
+				break;
+			default:        /* %c, %% */
+				*--d = *f == 'c' ? (char)va_arg(ap, int) : *f;
+				s = d;
+			}
+		}
+		for (; *s && n + 1 < room; s++)
+			to[n++] = *s;
+	}
+	to[n] = 0;
+	return n;
+}
+
+size_t fmt(char *to, size_t room, const char *format, ...)
+{
+	va_list ap;
+	size_t n;
+
+	va_start(ap, format);
+	n = vfmt(to, room, format, ap);
+	va_end(ap);
+	return n;
+}
+
+int number(const char *s, uint64_t max, uint64_t *n)
+{
+	uint64_t v = 0;
+	unsigned digit;
+
+	if (!*s)
+		return -1;
+	for (; *s; s++) {
+		digit = (unsigned)(unsigned char)*s - '0';
+		if (digit > 9 || v > max / 10 || (v == max / 10 && digit > max % 10))
+			return -1;
+		v = v * 10 + digit;
+	}
+	*n = v;
+	return 0;
+}
+
+const char *escape(char *to, size_t room, const char *s, size_t n)
+{
+	static const char hex[] = "0123456789ABCDEF";
+	size_t i, k = 0;
+	unsigned char c;
+
+	for (i = 0; i < n && k + 5 < room; i++) {
+		c = (unsigned char)s[i];
+		if (c > 0x20 && c < 0x7F && c != '\\' && c != '=') {
+			to[k++] = (char)c;
+			continue;
+		}
+		to[k++] = '\\';
+		to[k++] = 'x';
+		to[k++] = hex[c >> 4];
+		to[k++] = hex[c & 15];
+	}
+	to[k] = 0;
+	return to;
+}
+
+const char *name_fault(const char *name)
+{
+	size_t n = strlen(name);
+	const char *p;
+
+	if (!n)
+		return "a name is missing";
+	if (n > MAX_NAME)
+		return "the name is too long";
+	if (*name == '.' || (n > 5 && !memcmp(name + n - 5, ".lock", 5)))
+		return "a name begins with no dot and ends in no .lock";
+	for (p = name; *p; p++)
+		if ((unsigned char)*p <= ' ' || *p == 0x7F || *p == '/' || *p == ':')
+			return "the name holds a character that no mailbox's name can have";
+	return NULL;
+}
+
+char *text_next(struct lines *l)
+{
+	char *start, *end;
+	bool skip = false;
+	ssize_t n;
+
+	for (;;) {
+		start = l->buffer + l->at;
+		end = memchr(start, '\n', l->len - l->at);
+		if (end)
+			break;
+		if (l->at == 0 && l->len == sizeof l->buffer - 1) {
+			skip = true;
+			l->len = 0;
+		}
+		memmove(l->buffer, l->buffer + l->at, l->len - l->at);
+		l->len -= l->at;
+		l->at = 0;
+		do
+			n = read(l->fd, l->buffer + l->len, sizeof l->buffer - 1 - l->len);
+		while (n < 0 && errno == EINTR);
+		if (n <= 0) {
+			if (!l->len)
+				return NULL;
+			l->buffer[l->len++] = '\n';
+		} else {
+			l->len += (size_t)n;
+		}
+	}
+	l->at += (size_t)(end - start) + 1;
+	l->number++;
+	if (end > start && end[-1] == '\r')
+		end--;
+	*end = 0;
+	if (skip || memchr(start, 0, (size_t)(end - start)))
+		*start = 0;
+	return start;
+}
+
+static int log_fd = -1;
+static bool log_stderr;
+
+static int log_connect(void)
+{
+	struct sockaddr_un a = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
+	int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+	if (fd >= 0 && connect(fd, (struct sockaddr *)&a, sizeof a) < 0) {
+		close(fd);
+		fd = -1;
+	}
+	return fd;
+}
+
+/* Under inetd standard error is the client: it must never see a log line. */
+static bool is_client(int fd)
+{
+	struct stat st;
+
+	return fstat(fd, &st) < 0 || S_ISSOCK(st.st_mode);
+}
+
+void log_open(bool to_stderr)
+{
+	log_stderr = to_stderr;
+	if (!to_stderr)
+		log_fd = log_connect();
+	if (log_fd < 0 && !is_client(2))
+		log_stderr = true;
+}
+
+bool log_open_stderr(void)
+{
+	return log_stderr;
+}
+
+void log_line(int level, const char *format, ...)
+{
+	char line[512];
+	size_t head, n;
+	va_list ap;
+
+	head = fmt(line, sizeof line, "<%d>almond[%d]: ", 2 << 3 | level, (int)getpid());
+	va_start(ap, format);
+	n = head + vfmt(line + head, sizeof line - head - 1, format, ap);
+	va_end(ap);
+	if (log_stderr) {
+		line[n++] = '\n';
+		write_all(2, line + 4, n - 4);
+		return;
+	}
+	if (log_fd >= 0 && (send(log_fd, line, n, MSG_NOSIGNAL) >= 0 || errno == EAGAIN))
+		return;
+	if (log_fd >= 0)        /* the log's daemon was started anew */
+		close(log_fd);
+	log_fd = log_connect();
+	if (log_fd >= 0)
+		send(log_fd, line, n, MSG_NOSIGNAL);
+}
+
+const char *reason(int err)
+{
+	static const struct { int err; const char *text; } known[] = {
+		{ EACCES, "permission denied" }, { EPERM, "not permitted" }, { ENOENT, "not there" },
+		{ ENOSPC, "the disk is full" }, { EDQUOT, "the quota is used up" }, { EIO, "input/output error" },
+		{ EROFS, "read-only file system" }, { EBUSY, "in use" }, { EADDRINUSE, "the port is in use" },
+		{ EAGAIN, "changed by another program" }, { ENOMEM, "out of memory" }, { ENOTDIR, "no directory" },
+		{ ELOOP, "a symbolic link" }, { EADDRNOTAVAIL, "no such address here" }, { ETIMEDOUT, "timed out" },
+	};
+	static char other[24];
+	size_t i;
+
+	err = err < 0 ? -err : err;
+	for (i = 0; i < LEN(known); i++)
+		if (known[i].err == err)
+			return known[i].text;
+	fmt(other, sizeof other, "error %d", err);
+	return other;
+}
+
+uint64_t now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+void nap(unsigned ms)
+{
+	poll(NULL, 0, (int)ms);
+}
+
+void wipe(void *p, size_t n)
+{
+	memset(p, 0, n);
+	__asm__ volatile ("" : : "r" (p) : "memory");
+}
+
+int random_bytes(void *p, size_t n)
+{
+	ssize_t k = getrandom(p, n, 0);
+	int fd;
+
+	if (k == (ssize_t)n)
+		return 0;
+	fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);        /* before Linux 3.17 */
+	if (fd < 0)
+		return -errno;
+	k = read(fd, p, n);
+	close(fd);
+	return k == (ssize_t)n ? 0 : -EIO;
+}
+
+int write_all(int fd, const void *p, size_t n)
+{
+	const char *c = p;
+	ssize_t k;
+
+	while (n) {
+		k = write(fd, c, n);
+		if (k < 0 && errno == EINTR)
+			continue;
+		if (k < 0)
+			return -errno;
+		c += k;
+		n -= (size_t)k;
+	}
+	return 0;
+}
+
+void broken(const char *file, int line)
+{
+	log_line(L_ERROR, "broken at %s:%d, please report it; the mail is as it was", file, line);
+	_exit(EX_BROKEN);
+}
