@@ -26,7 +26,7 @@ PYTHON = /usr/bin/python3
 WERROR = -Werror
 
 SRC := $(sort $(wildcard *.c))
-HEADERS = almond.h config.h
+HEADERS := $(wildcard *.h)
 
 WARNINGS = -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Wundef -Wconversion -Wsign-conversion -Wstrict-prototypes \
 	-Wmissing-prototypes -Wpointer-arith -Wcast-qual -Wwrite-strings -Wvla -Wformat=2 $(WERROR)
@@ -48,7 +48,8 @@ SMALL = -Os -fomit-frame-pointer -fno-asynchronous-unwind-tables -fno-unwind-tab
 SMALL_LD = -static -no-pie -s -flto -Wl,--gc-sections,--build-id=none,-z,noseparate-code,-z,norelro,--hash-style=gnu,-O1
 
 # The tests' build waits less; FAIL_DELAY and the like are in milliseconds.
-TEST_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=3000 -DLOCK_STALE=1500 -DPASSWD_TIME=5
+TEST_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=3000 -DLOCK_STALE=1500 -DPASSWD_TIME=5 \
+	-DRUN_DIR='"/run/almond-test"'
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 .PHONY: all static static-armhf test-build asan-build clang-build musl-build run test sizes install uninstall check-style \
