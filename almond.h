@@ -74,6 +74,15 @@ int number(const char *s, uint64_t max, uint64_t *n);
 /* s made fit for a log line: octets outside 0x21 to 0x7E, '\\' and '=' become \xHH.  At most room octets with the NUL. */
 const char *escape(char *to, size_t room, const char *s, size_t n);
 
+/* The first c in s, or NULL; strchr's, strrchr's and strcasecmp's cheaper cousins. */
+char *find(const char *s, char c);
+char *find_last(const char *s, char c);
+bool same_word(const char *a, const char *b);   /* equal but for the case of letters */
+
+/* fork without libc's bookkeeping for threads, of which there are none. */
+pid_t branch(void);
+int control(int fd, int command, long argument);        /* fcntl(2) */
+
 /* What is wrong with a name of a user or mailbox, as a reason for people; NULL where it can be a file's name: 1 to MAX_NAME
  * octets, no '/', ':' or control octet, no leading dot, no ".lock" behind. */
 const char *name_fault(const char *name);
@@ -92,6 +101,7 @@ enum { L_ERROR = 3, L_WARN = 4, L_NOTE = 5, L_INFO = 6 };
 const char *reason(int err);    /* errno as words, for the few that an administrator meets; err may be negative */
 
 uint64_t now(void);             /* CLOCK_MONOTONIC, ms */
+uint64_t wall_clock(void);      /* CLOCK_REALTIME, ms; for dates in text only, never for a decision that must be right */
 void nap(unsigned ms);
 void wipe(void *, size_t);      /* zeros that the compiler does not take away */
 int random_bytes(void *, size_t);
@@ -181,7 +191,13 @@ int system_account(const char *name, struct account *who);
 
 /* ---- lock.c: the delivery locks of an mbox, and the one of a session -------------------------------------------------- */
 
-struct lock { int dir, fd; bool held, dot; uint64_t touched; char file[MAX_NAME + 6]; };
+struct lock {
+	int dir, fd, dot;               /* dot: the dot-lock, -1 for none */
+	bool held;
+	off_t end;                      /* of the dot-lock's last octet */
+	uint64_t touched;
+	char file[MAX_NAME + 6];
+};
 
 /* Take all delivery locks of LOCK_ORDER for the mailbox `box` in directory dir; fd is a descriptor of it open for writing, which
  * the caller keeps open as long as it holds them.  Waits up to LOCK_WAIT.  -EBUSY: another program holds one. */

@@ -2,8 +2,6 @@
  * the client sent it sees a name that can be a file's and a secret of bounded length. */
 #include "almond.h"
 
-#include <time.h>
-
 /* What was found while all of a file was read: no early end, so that the time does not tell where a name stands. */
 struct search {
 	const char *name;
@@ -54,17 +52,18 @@ int users_parse(char *line, struct user *u)
 {
 	char *colon, *slash;
 
-	line += strspn(line, " \t");
+	while (*line == ' ' || *line == '\t')
+		line++;
 	if (!*line || *line == '#')
 		return 0;
-	colon = strchr(line, ':');
+	colon = find(line, ':');
 	u->fault = "no ':' behind the name";
 	if (!colon)
 		return -1;
 	*colon = 0;
 	u->name = u->box = line;
 	u->verifier = colon + 1;
-	slash = strchr(line, '/');
+	slash = find(line, '/');
 	if (slash) {
 		*slash = 0;
 		u->box = slash + 1;
@@ -151,7 +150,7 @@ int auth_owner(struct account *who)
 
 static char *field(char **p)
 {
-	char *start = *p, *end = strchr(start, ':');
+	char *start = *p, *end = find(start, ':');
 
 	*p = end ? end + 1 : start + strlen(start);
 	if (end)
@@ -190,7 +189,7 @@ static bool expired(char *rest)
 
 	for (i = 0; i < 5; i++)
 		field(&rest);
-	return number(field(&rest), INT32_MAX, &day) == 0 && (uint64_t)time(NULL) / 86400 >= day;
+	return number(field(&rest), INT32_MAX, &day) == 0 && wall_clock() / 86400000 >= day;
 }
 
 static int shadow_search(struct search *s)
@@ -262,7 +261,7 @@ int auth_apop(const char *name, const char *stamp, const uint8_t digest[MD5_SIZE
 	struct search s;
 	struct hash h;
 	int err = search(&s, name);
-	bool plain = !strncmp(s.verifier, "{PLAIN}", 7) && s.verifier[7];
+	bool plain = !memcmp(s.verifier, "{PLAIN}", 7) && s.verifier[7];
 
 	hash_init(&h, MD5);
 	hash_add(&h, stamp, strlen(stamp));
@@ -288,7 +287,7 @@ bool auth_apop_for_all(void)
 	while ((line = text_next(&l)))
 		if (users_parse(line, &u) > 0) {
 			any = true;
-			all = all && !strncmp(u.verifier, "{PLAIN}", 7);
+			all = all && !strcmp(verify_scheme(u.verifier), "{PLAIN}");
 		}
 	close(l.fd);
 	wipe(&l, sizeof l);

@@ -29,10 +29,10 @@ static bool has(enum kind k)
 static int lock_fcntl(int fd, short type)
 {
 	struct flock f = { .l_type = type, .l_whence = SEEK_SET };
-	int r = fcntl(fd, F_OFD_SETLK, &f);
+	int r = control(fd, F_OFD_SETLK, (long)&f);
 
 	if (r < 0 && errno == EINVAL)
-		r = fcntl(fd, F_SETLK, &f);
+		r = control(fd, F_SETLK, (long)&f);
 	return r < 0 ? -errno : 0;
 }
 
@@ -81,19 +81,18 @@ static bool owner_lives(int dir, const char *file)
 
 static int dot_make(struct lock *l)
 {
-	int fd = openat(l->dir, l->file, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0444);
 	char text[64];
 	size_t n;
 
-	if (fd < 0)
+	l->dot = openat(l->dir, l->file, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0444);
+	if (l->dot < 0)
 		return errno == EEXIST ? -EBUSY : -errno;
-	l->dot = true;
 	l->touched = now();
 	n = fmt(text, sizeof text, "%d\n", (int)getpid());
 	boot_id(text + n, sizeof text - n);
-	n = write_all(fd, text, strlen(text)) < 0;
-	close(fd);
-	return n ? -EIO : 0;
+	n = strlen(text);
+	l->end = (off_t)n - 1;
+	return write_all(l->dot, text, n);
 }
 
 /* A foreign dot-lock, watched while the kernel's locks are ours: stale when it stayed the same for LOCK_STALE. */
@@ -168,7 +167,7 @@ int lock_take(struct lock *l, int dir, const char *box, int fd)
 	unsigned pause = 5;
 	int err;
 
-	*l = (struct lock){ .dir = dir, .fd = fd };
+	*l = (struct lock){ .dir = dir, .fd = fd, .dot = -1 };
 	fmt(l->file, sizeof l->file, "%s.lock", box);
 	do
 		err = lock_try(l, &w);
@@ -179,10 +178,10 @@ int lock_take(struct lock *l, int dir, const char *box, int fd)
 /* Others break a dot-lock that nobody touches (maildrop: after 60 s). */
 void lock_touch(struct lock *l)
 {
-	if (!l->dot || now() - l->touched < 10000)
+	if (l->dot < 0 || now() - l->touched < 10000)
 		return;
-	utimensat(l->dir, l->file, NULL, AT_SYMLINK_NOFOLLOW);
-	l->touched = now();
+	if (pwrite(l->dot, "\n", 1, l->end) == 1)
+		l->touched = now();
 }
 
 void lock_drop(struct lock *l)
@@ -191,11 +190,14 @@ void lock_drop(struct lock *l)
 		return;
 	if (has(LOCK_FLOCK))
 		flock(l->fd, LOCK_UN);
-	if (l->dot)
+	if (l->dot >= 0) {
 		unlinkat(l->dir, l->file, 0);
+		close(l->dot);
+	}
 	if (has(LOCK_FCNTL))
 		lock_fcntl(l->fd, F_UNLCK);
-	l->held = l->dot = false;
+	l->held = false;
+	l->dot = -1;
 }
 
 static bool dot_held(int dir, const char *file)

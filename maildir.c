@@ -93,13 +93,26 @@ static const char *const dirs[] = { "new", "cur" };
 /* Equal base names, up to ':' or ';' (as written where ':' cannot be), are the same message. */
 static size_t base_length(const char *name)
 {
-	return strcspn(name, ":;");
+	size_t n = 0;
+
+	while (name[n] && name[n] != ':' && name[n] != ';')
+		n++;
+	return n;
+}
+
+static size_t digits(const char *p)
+{
+	size_t n = 0;
+
+	while (p[n] >= '0' && p[n] <= '9')
+		n++;
+	return n;
 }
 
 /* Delivery's order: by the seconds that a name begins with, then by the base name. */
 static int name_order(const char *a, const char *b)
 {
-	size_t na = base_length(a), nb = base_length(b), da = strspn(a, "0123456789"), db = strspn(b, "0123456789");
+	size_t na = base_length(a), nb = base_length(b), da = digits(a), db = digits(b);
 	int order = da == db ? memcmp(a, b, na < nb ? na : nb) : da < db ? -1 : 1;
 
 	return order ? order : na < nb ? -1 : na > nb;

@@ -121,7 +121,7 @@ static bool parse_address(const char *text, uint8_t to[16], bool *v4)
 /* -n NET/LEN */
 static bool add_net(char *text)
 {
-	char *slash = strchr(text, '/');
+	char *slash = find(text, '/');
 	struct net *n = &nets[net_count];
 	uint64_t bits = 0;
 	bool v4;
@@ -222,7 +222,7 @@ static int add_listener(const char *option)
 	int err;
 
 	fmt(text, sizeof text, "%s", option);
-	port = strrchr(text, ':');
+	port = find_last(text, ':');
 	if (port) {
 		*port++ = 0;
 		addr = text;
@@ -309,7 +309,7 @@ static void accept_one(int from, const sigset_t *unblocked)
 		return;
 	}
 	peer_address(fd, addr);
-	pid = slot && from_same(addr) < MAX_PER_ADDRESS ? fork() : -1;
+	pid = slot && from_same(addr) < MAX_PER_ADDRESS ? branch() : -1;
 	if (pid == 0) {
 		for (i = 0; i < listen_count; i++)
 			close(listening[i]);
@@ -413,7 +413,7 @@ static int listen_for_ever(void)
 static int background(void)
 {
 	int null;
-	pid_t pid = fork();
+	pid_t pid = branch();
 
 	if (pid)
 		_exit(pid < 0 ? EX_OS : 0);
@@ -439,11 +439,11 @@ static int take_sockets(void)
 	if (!pid || !count || number(pid, INT32_MAX, &p) < 0 || (pid_t)p != getpid() || number(count, MAX_LISTEN, &n) < 0)
 		return -1;
 	for (fd = 3; fd < 3 + n; fd++) {
-		fcntl((int)fd, F_SETFD, FD_CLOEXEC);
+		control((int)fd, F_SETFD, FD_CLOEXEC);
 		if (socket_option((int)fd, SO_ACCEPTCONN) == 0)
 			return (int)fd;
 		if (listen_count < MAX_LISTEN) {
-			fcntl((int)fd, F_SETFL, fcntl((int)fd, F_GETFL) | O_NONBLOCK);
+			control((int)fd, F_SETFL, control((int)fd, F_GETFL, 0) | O_NONBLOCK);
 			listening[listen_count++] = (int)fd;
 		}
 	}

@@ -142,7 +142,7 @@ static int hex(char c)
 /* RFC 1939, section 7: name, blank, 32 hexadecimal digits. */
 static enum verdict do_apop(struct session *s, const struct args *a)
 {
-	char *digest = strrchr(a->text, ' ');
+	char *digest = find_last(a->text, ' ');
 	uint8_t d[MD5_SIZE];
 	size_t i;
 
@@ -175,7 +175,7 @@ static enum verdict do_lang(struct session *s, const struct args *a)
 {
 	if (!*a->text)
 		wire_say(s->w, "+OK languages follow\r\nen English\r\n.");
-	else if (!strcmp(a->text, "*") || !strcasecmp(a->text, "en") || !strcasecmp(a->text, "i-default"))
+	else if (!strcmp(a->text, "*") || same_word(a->text, "en") || same_word(a->text, "i-default"))
 		wire_say(s->w, "+OK en English it is");
 	else
 		return refuse(s, "this language is not spoken here, en is");
@@ -458,7 +458,7 @@ static const char *argument(const struct session *s, enum arg rule, char *text, 
 	case MSG:
 		return message_argument(s, text, &a->n);
 	case MSG_LINES:
-		second = strchr(text, ' ');
+		second = find(text, ' ');
 		if (!second)
 			return "a message's number and a count of lines are wanted";
 		*second++ = 0;
@@ -471,7 +471,7 @@ static const char *argument(const struct session *s, enum arg rule, char *text, 
 
 static enum verdict dispatch(struct session *s, char *line)
 {
-	char *text = strchr(line, ' ');
+	char *text = find(line, ' ');
 	struct args a = { .n = 0 };
 	bool named = s->named;
 	const char *fault;
@@ -482,7 +482,7 @@ static enum verdict dispatch(struct session *s, char *line)
 		*text++ = 0;
 	else
 		text = line + strlen(line);
-	for (i = 0; i < LEN(commands) && strcasecmp(line, commands[i].name) != 0; i++)
+	for (i = 0; i < LEN(commands) && !same_word(line, commands[i].name); i++)
 		;
 	s->named = false;       /* PASS counts only straight after USER */
 	if (i == LEN(commands))

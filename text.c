@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
 
@@ -88,6 +89,24 @@ int number(const char *s, uint64_t max, uint64_t *n)
 	}
 	*n = v;
 	return 0;
+}
+
+char *find(const char *s, char c)
+{
+	return memchr(s, c, strlen(s));
+}
+
+char *find_last(const char *s, char c)
+{
+	return memrchr(s, c, strlen(s));
+}
+
+bool same_word(const char *a, const char *b)
+{
+	for (; *a; a++, b++)
+		if (*a != *b && ((*a ^ *b) != 0x20 || (*a | 0x20) < 'a' || (*a | 0x20) > 'z'))
+			return false;
+	return !*b;
 }
 
 const char *escape(char *to, size_t room, const char *s, size_t n)
@@ -248,12 +267,60 @@ const char *reason(int err)
 	return other;
 }
 
+/* The kernel's clock without libc's way there, which is 1 kB; 32-bit kernels have a newer call since 5.1. */
+#ifdef SYS_clock_gettime32
+enum { CALL_CLOCK_OLD = SYS_clock_gettime32 };
+#elif defined SYS_clock_gettime
+enum { CALL_CLOCK_OLD = SYS_clock_gettime };
+#else
+enum { CALL_CLOCK_OLD = SYS_clock_gettime64 };
+#endif
+
+#ifdef SYS_clock_gettime64
+static uint64_t clock_ms(int id)
+{
+	int64_t t[2];
+	long old[2];
+
+	if (syscall(SYS_clock_gettime64, id, t) == 0)
+		return (uint64_t)t[0] * 1000 + (uint64_t)t[1] / 1000000;
+	syscall(CALL_CLOCK_OLD, id, old);
+	return (uint64_t)old[0] * 1000 + (uint64_t)old[1] / 1000000;
+}
+#else
+static uint64_t clock_ms(int id)
+{
+	long t[2];
+
+	syscall(CALL_CLOCK_OLD, id, t);
+	return (uint64_t)t[0] * 1000 + (uint64_t)t[1] / 1000000;
+}
+#endif
+
 uint64_t now(void)
 {
-	struct timespec t;
+	return clock_ms(CLOCK_MONOTONIC);
+}
 
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+uint64_t wall_clock(void)
+{
+	return clock_ms(CLOCK_REALTIME);
+}
+
+pid_t branch(void)
+{
+	return _Fork();
+}
+
+#ifdef SYS_fcntl64
+enum { CALL_FCNTL = SYS_fcntl64 };
+#else
+enum { CALL_FCNTL = SYS_fcntl };
+#endif
+
+int control(int fd, int command, long argument)
+{
+	return (int)syscall(CALL_FCNTL, fd, command, argument);
 }
 
 void nap(unsigned ms)
