@@ -77,11 +77,18 @@ const char *escape(char *to, size_t room, const char *s, size_t n);
 /* The first c in s, or NULL; strchr's, strrchr's and strcasecmp's cheaper cousins. */
 char *find(const char *s, char c);
 char *find_last(const char *s, char c);
+int hex_digit(char c);                          /* 0 to 15, or -1 */
 bool same_word(const char *a, const char *b);   /* equal but for the case of letters */
 
 /* fork without libc's bookkeeping for threads, of which there are none. */
 pid_t branch(void);
 int control(int fd, int command, long argument);        /* fcntl(2) */
+int open_at(int dir, const char *path, int flags);      /* openat(2), never a controlling terminal; a descriptor or -errno */
+
+/* Block the signals of a set that ends in 0, and get a descriptor that is readable when one came: no handlers, so nothing is
+ * interrupted.  signal_next: the next that came, or 0. */
+int signal_open(const int *signals);
+int signal_next(int fd);
 
 /* What is wrong with a name of a user or mailbox, as a reason for people; NULL where it can be a file's name: 1 to MAX_NAME
  * octets, no '/', ':' or control octet, no leading dot, no ".lock" behind. */

@@ -16,11 +16,11 @@ static int lines_open(struct lines *l, const char *path)
 {
 	l->at = l->len = 0;
 	l->number = 0;
-	l->fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+	l->fd = open_at(AT_FDCWD, path, O_RDONLY);
 	if (l->fd >= 0)
 		return 0;
-	log_line(L_ERROR, "%s: %s; accounts are read from it", path, reason(errno));
-	return -errno;
+	log_line(L_ERROR, "%s: %s; accounts are read from it", path, reason(l->fd));
+	return l->fd;
 }
 
 static void copy_name(char to[MAX_NAME + 1], const char *name)
@@ -166,7 +166,7 @@ int system_account(const char *name, struct account *who)
 	char *line;
 
 	if (lines_open(&l, "/etc/passwd"))
-		return -errno;
+		return l.fd;
 	while ((line = text_next(&l))) {
 		if (strcmp(field(&line), name) != 0 || err != -ENOENT)
 			continue;

@@ -50,7 +50,7 @@ static int lock_flock(int fd, int how)
 
 static void boot_id(char *to, size_t room)
 {
-	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+	int fd = open_at(AT_FDCWD, "/proc/sys/kernel/random/boot_id", O_RDONLY);
 	ssize_t n = fd < 0 ? 0 : read(fd, to, room - 1);
 
 	to[n < 0 ? 0 : n] = 0;
@@ -62,7 +62,7 @@ static void boot_id(char *to, size_t room)
  * number (procmail) say nothing, and count as "no". */
 static bool owner_lives(int dir, const char *file)
 {
-	int fd = openat(dir, file, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), pid = 0;
+	int fd = open_quiet(dir, file), pid = 0;
 	char text[80], id[40], *p = text;
 	ssize_t n;
 
@@ -311,7 +311,7 @@ static int session_listen(int fd, const struct sockaddr_un *a, socklen_t n)
  * does not listen yet looks just as dead. */
 static int session_try(int fd, const struct sockaddr_un *a, socklen_t n, int *holder)
 {
-	int guard = *a->sun_path ? open(RUN_DIR, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1, err;
+	int guard = *a->sun_path ? open_at(AT_FDCWD, RUN_DIR, O_RDONLY | O_DIRECTORY) : -1, err;
 
 	if (guard >= 0)
 		flock(guard, LOCK_EX);

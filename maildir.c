@@ -152,13 +152,13 @@ struct dirent_head { uint64_t inode; int64_t next; unsigned short size; unsigned
 
 static int list_dir(struct list *l, int maildir, unsigned cur)
 {
-	int fd = openat(maildir, dirs[cur], O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), err = 0;
+	int fd = open_at(maildir, dirs[cur], O_RDONLY | O_DIRECTORY | O_NOFOLLOW), err = 0;
 	_Alignas(8) char buffer[4096];
 	const struct dirent_head *d;
 	long n, i;
 
 	if (fd < 0)
-		return errno == ENOENT ? -ENOTDIR : -errno;
+		return fd == -ENOENT ? -ENOTDIR : fd;
 	while (!err && (n = syscall(SYS_getdents64, fd, buffer, sizeof buffer)) != 0) {
 		if (n < 0) {
 			err = -errno;
@@ -308,12 +308,12 @@ static int remove_one(struct vault *v, uint32_t number)
 
 static int sync_dir(int maildir, const char *name)
 {
-	int fd = openat(maildir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), err = 0;
+	int fd = open_at(maildir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), err;
 
-	if (fd < 0 || fsync(fd) < 0)
-		err = -errno;
-	if (fd >= 0)
-		close(fd);
+	if (fd < 0)
+		return fd;
+	err = fsync(fd) < 0 ? -errno : 0;
+	close(fd);
 	return err;
 }
 

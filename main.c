@@ -2,12 +2,9 @@
  * line and addresses, and nothing that comes from the net. */
 #include "almond.h"
 
-#include <arpa/inet.h>
-#include <grp.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -108,14 +105,57 @@ static void map_v4(uint8_t to[16], const void *v4)
 	memcpy(to + 12, v4, 4);
 }
 
+static bool parse_v4(const char *s, uint8_t to[16])
+{
+	unsigned v, i, k;
+
+	map_v4(to, "\0\0\0");
+	for (i = 12; i < 16; i++, s++) {
+		for (v = k = 0; *s >= '0' && *s <= '9' && k < 4; k++)
+			v = v * 10 + (unsigned)(*s++ - '0');
+		if (!k || v > 255 || *s != (i < 15 ? '.' : 0))
+			return false;
+		to[i] = (uint8_t)v;
+	}
+	return true;
+}
+
+/* Groups of hexadecimal digits; `gap` is where "::" stands for as many zeros as are missing. */
+static bool parse_v6(const char *s, uint8_t to[16])
+{
+	unsigned n = 0, gap = 8, v, k;
+
+	memset(to, 0, 16);
+	if (*s == ':' && *++s != ':')
+		return false;
+	for (; *s && n < 8; n++) {
+		if (*s == ':') {
+			if (gap < 8)
+				return false;
+			gap = n;
+			if (!*++s)
+				break;
+		}
+		for (v = k = 0; hex_digit(*s) >= 0 && k < 5; k++)
+			v = v << 4 | (unsigned)hex_digit(*s++);
+		if (!k || k > 4 || (*s && *s++ != ':') || (s[-1] == ':' && !*s))
+			return false;
+		to[2 * n] = (uint8_t)(v >> 8);
+		to[2 * n + 1] = (uint8_t)v;
+	}
+	if (*s || (gap == 8 && n != 8))
+		return false;
+	if (gap < 8) {
+		memmove(to + 16 - 2 * (n - gap), to + 2 * gap, 2 * (n - gap));
+		memset(to + 2 * gap, 0, 16 - 2 * n);
+	}
+	return true;
+}
+
 static bool parse_address(const char *text, uint8_t to[16], bool *v4)
 {
-	uint8_t a[4];
-
-	*v4 = inet_pton(AF_INET, text, a) == 1;
-	if (*v4)
-		map_v4(to, a);
-	return *v4 || inet_pton(AF_INET6, text, to) == 1;
+	*v4 = parse_v4(text, to);
+	return *v4 || parse_v6(text, to);
 }
 
 /* -n NET/LEN */
@@ -255,18 +295,6 @@ static int add_listener(const char *option)
 struct slot { pid_t pid; uint8_t addr[16]; };
 static struct slot slots[MAX_SESSIONS];
 static unsigned session_count, refused;
-static volatile sig_atomic_t got_hup, got_usr1, got_stop;
-
-static void on_signal(int sig)
-{
-	if (sig == SIGHUP)
-		got_hup = 1;
-	else if (sig == SIGUSR1)
-		got_usr1 = 1;
-	else if (sig != SIGCHLD)
-		got_stop = 1;
-}
-
 /* Sessions from the same address, or IPv6 /64; those of loopback are not counted. */
 static unsigned from_same(const uint8_t addr[16])
 {
@@ -295,10 +323,10 @@ static struct slot *free_slot(void)
 	return NULL;
 }
 
-static void accept_one(int from, const sigset_t *unblocked)
+static void accept_one(int from, int signals)
 {
 	static const char full[] = "-ERR [SYS/TEMP] too many sessions, try again later\r\n";
-	int fd = accept4(from, NULL, NULL, SOCK_CLOEXEC), i;
+	int fd = accept(from, NULL, NULL), i;
 	struct slot *slot = free_slot();
 	uint8_t addr[16] = { 0 };
 	pid_t pid;
@@ -313,8 +341,7 @@ static void accept_one(int from, const sigset_t *unblocked)
 	if (pid == 0) {
 		for (i = 0; i < listen_count; i++)
 			close(listening[i]);
-		signal(SIGUSR1, SIG_IGN);
-		sigprocmask(SIG_SETMASK, unblocked, NULL);
+		close(signals);
 		_exit(monitor(fd, fd));
 	}
 	if (pid > 0) {
@@ -328,12 +355,12 @@ static void accept_one(int from, const sigset_t *unblocked)
 	close(fd);
 }
 
-static void reap(int options)
+static void reap(void)
 {
 	unsigned i;
 	pid_t pid;
 
-	while ((pid = waitpid(-1, NULL, options)) > 0)
+	while ((pid = waitpid(-1, NULL, WNOHANG)) > 0)
 		for (i = 0; i < MAX_SESSIONS; i++)
 			if (slots[i].pid == pid) {
 				slots[i].pid = 0;
@@ -363,7 +390,7 @@ static int stop_all(void)
 		if (slots[i].pid)
 			kill(slots[i].pid, SIGTERM);
 	while (session_count && now() < end) {
-		reap(WNOHANG);
+		reap();
 		if (session_count)
 			nap(20);
 	}
@@ -371,40 +398,38 @@ static int stop_all(void)
 	return 0;
 }
 
+/* False: stop. */
+static bool obey(int signal)
+{
+	if (signal == SIGHUP)
+		reload();
+	if (signal == SIGUSR1)
+		log_line(L_NOTE, "counters: sessions=%u refused=%u logins=%u failures=%u retr=%u dele=%u", session_count,
+		    refused, counters->logins, counters->failures, counters->retrieved, counters->deleted);
+	if (signal == SIGCHLD)
+		reap();
+	return signal != SIGTERM && signal != SIGINT;
+}
+
 static int listen_for_ever(void)
 {
-	struct sigaction sa = { .sa_handler = on_signal };
-	static const int signals[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT, SIGCHLD };
-	struct pollfd p[MAX_LISTEN];
-	sigset_t blocked, unblocked;
-	size_t i;
+	static const int signals[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT, SIGCHLD, SIGPIPE, 0 };
+	struct pollfd p[MAX_LISTEN + 1];
+	int i, signal = 0;
 
-	sigemptyset(&blocked);
-	sigemptyset(&unblocked);
-	for (i = 0; i < LEN(signals); i++) {
-		sigaddset(&blocked, signals[i]);
-		sigaction(signals[i], &sa, NULL);
-	}
-	sigprocmask(SIG_BLOCK, &blocked, NULL);
-	signal(SIGPIPE, SIG_IGN);
+	p[0] = (struct pollfd){ .fd = signal_open(signals), .events = POLLIN };
+	for (i = 0; i < listen_count; i++)
+		p[i + 1] = (struct pollfd){ .fd = listening[i], .events = POLLIN };
 	counters = mmap(NULL, sizeof *counters, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	if (counters == MAP_FAILED)
+	if (counters == MAP_FAILED || p[0].fd < 0)
 		return EX_OS;
-	for (i = 0; i < (size_t)listen_count; i++)
-		p[i] = (struct pollfd){ .fd = listening[i], .events = POLLIN };
 	log_line(L_NOTE, "started: spool %s, sessions as %s", conf.spool, conf.session);
-	while (!got_stop) {
-		if (ppoll(p, (nfds_t)listen_count, NULL, &unblocked) > 0)
-			for (i = 0; i < (size_t)listen_count; i++)
-				if (p[i].revents)
-					accept_one(listening[i], &unblocked);
-		reap(WNOHANG);
-		if (got_hup)
-			reload();
-		if (got_usr1)
-			log_line(L_NOTE, "counters: sessions=%u refused=%u logins=%u failures=%u retr=%u dele=%u", session_count,
-			    refused, counters->logins, counters->failures, counters->retrieved, counters->deleted);
-		got_hup = got_usr1 = 0;
+	while (obey(signal)) {
+		poll(p, (nfds_t)listen_count + 1, -1);
+		for (i = 0; i < listen_count; i++)
+			if (p[i + 1].revents)
+				accept_one(listening[i], p[0].fd);
+		signal = signal_next(p[0].fd);
 	}
 	return stop_all();
 }
@@ -418,7 +443,7 @@ static int background(void)
 	if (pid)
 		_exit(pid < 0 ? EX_OS : 0);
 	setsid();
-	null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	null = open_at(AT_FDCWD, "/dev/null", O_RDWR);
 	if (null < 0 || chdir("/") < 0)
 		return EX_OS;
 	dup2(null, 0);
@@ -429,11 +454,22 @@ static int background(void)
 	return 0;
 }
 
+static const char *environment(const char *name)
+{
+	size_t n = strlen(name);
+	char **e;
+
+	for (e = environ; *e; e++)
+		if (strlen(*e) > n && !memcmp(*e, name, n))
+			return *e + n;
+	return NULL;
+}
+
 /* systemd's protocol: LISTEN_FDS sockets from descriptor 3 on.  A listening one (Accept=no) is listened on; a connected one
  * (Accept=yes) is the client.  Returns that client, or -1. */
 static int take_sockets(void)
 {
-	const char *pid = getenv("LISTEN_PID"), *count = getenv("LISTEN_FDS");
+	const char *pid = environment("LISTEN_PID="), *count = environment("LISTEN_FDS=");
 	uint64_t p, n, fd;
 
 	if (!pid || !count || number(pid, INT32_MAX, &p) < 0 || (pid_t)p != getpid() || number(count, MAX_LISTEN, &n) < 0)

@@ -357,12 +357,12 @@ static int all_fit(int fd, const struct gone *g, size_t n, uint64_t size)
 
 int mbox_commit(struct vault *v, const struct gone *g, size_t n)
 {
-	int fd = openat(v->spool, v->box, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC), err;
+	int fd = open_at(v->spool, v->box, O_RDWR | O_NOFOLLOW | O_NONBLOCK), err;
 	struct lock lock;
 	struct stat st;
 
 	if (fd < 0)
-		return -errno;
+		return fd;
 	err = lock_take(&lock, v->spool, v->box, fd);
 	if (!err && fstat(fd, &st) < 0)
 		err = -errno;

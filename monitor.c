@@ -18,6 +18,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 
 struct page *page;
@@ -165,8 +166,6 @@ static struct {
 	char addr[48], stamp[96];
 } m = { .lock = -ENOLCK, .vault.fd = -1, .method = "none" };
 
-static volatile sig_atomic_t stop;
-
 /* RFC 1939, section 7.  Letters and digits: mpop refuses '='. */
 static void make_stamp(const char *host)
 {
@@ -184,11 +183,10 @@ static void make_stamp(const char *host)
 static void answer_hello(struct answer *a)
 {
 	struct hello *h = &a->u.hello;
+	struct utsname u;
 	char *p;
 
-	if (gethostname(h->host, sizeof h->host) < 0 || !*h->host)
-		memcpy(h->host, "localhost", 10);
-	h->host[sizeof h->host - 1] = 0;
+	fmt(h->host, sizeof h->host, "%s", uname(&u) == 0 && *u.nodename ? u.nodename : "localhost");
 	for (p = h->host; *p; p++)
 		if (*p <= ' ' || *p > '~' || *p == '<' || *p == '>')
 			*p = '-';
@@ -204,9 +202,9 @@ static int take_identity(void)
 	struct stat spool;
 	int err;
 
-	m.vault.spool = open(conf.spool, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (m.vault.spool < 0 || fstat(m.vault.spool, &spool) < 0) {
-		err = -errno;
+	m.vault.spool = open_at(AT_FDCWD, conf.spool, O_RDONLY | O_DIRECTORY);
+	err = m.vault.spool < 0 ? m.vault.spool : fstat(m.vault.spool, &spool) < 0 ? -errno : 0;
+	if (err) {
 		log_line(L_ERROR, "spool %s: %s; make it, or name another with -d", conf.spool, reason(err));
 		return err;
 	}
@@ -364,12 +362,10 @@ static int answer(struct question *q, struct answer *a, int *fd)
 
 int open_quiet(int dir, const char *path)
 {
-	const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
-	int fd = openat(dir, path, flags | O_NOATIME);
+	const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK;
+	int fd = open_at(dir, path, flags | O_NOATIME);
 
-	if (fd < 0 && errno == EPERM)
-		fd = openat(dir, path, flags);
-	return fd < 0 ? -errno : fd;
+	return fd == -EPERM ? open_at(dir, path, flags) : fd;
 }
 
 static int vault_refuse(const struct vault *v, const char *why)
@@ -441,12 +437,6 @@ static void ended(void)
 	log_line(L_INFO, "end user=%s rip=%s method=%s tls=no retr=%u top=%u dele=%u left=%u bytes=%llu secs=%llu why=%s",
 	    m.who.name, m.addr, m.method, page->retr, page->top, page->dele, page->left, (unsigned long long)page->bytes,
 	    (unsigned long long)(now() - m.since) / 1000, why[w < WHY_COUNT ? w : WHY_LOST]);
-}
-
-static void on_stop(int sig)
-{
-	(void)sig;
-	stop = 1;
 }
 
 static bool asked(void)
@@ -549,7 +539,8 @@ static void close_from(int fd)
 /* The session's descriptors: 0 and 1 the client, 2 for a last word, 3 the monitor; nothing else. */
 static int session(int in, int out, int chan)
 {
-	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	static const int blocked[] = { SIGPIPE, SIGHUP, SIGUSR1, 0 };
+	int null = open_at(AT_FDCWD, "/dev/null", O_RDWR);
 
 	chan = control(chan, F_DUPFD, 4);
 	in = control(in, F_DUPFD, 4);
@@ -559,6 +550,7 @@ static int session(int in, int out, int chan)
 	if (in < 0 || out < 0 || chan < 0 || dup2(in, 0) < 0 || dup2(out, 1) < 0 || dup2(chan, 3) < 0)
 		return EX_OS;
 	close_from(4);
+	close(signal_open(blocked));
 	channel = wire.watch = 3;
 	wire.woken = hung_up;
 	become_session();
@@ -566,23 +558,26 @@ static int session(int in, int out, int chan)
 }
 
 /* Answer until the session ends, someone takes over, or we are told to stop; a stop waits until an answer is given. */
-static void answer_all(const sigset_t *unblocked)
+static void answer_all(int signals)
 {
-	struct pollfd p[2] = { { .fd = channel, .events = POLLIN }, { .events = POLLIN } };
+	struct pollfd p[3] = { { .fd = channel, .events = POLLIN }, { .events = POLLIN }, { .fd = signals, .events = POLLIN } };
 	struct question q;
 	struct answer a;
 	int fd, n;
 
 	for (;;) {
 		p[1].fd = m.lock;
-		n = ppoll(p, 2, NULL, unblocked);
-		if (stop) {
-			page->why = WHY_STOP;
-			return;
+		poll(p, 3, -1);
+		if (p[2].revents) {
+			n = signal_next(signals);
+			if (n == SIGTERM || n == SIGINT) {
+				page->why = WHY_STOP;
+				return;
+			}
 		}
-		if (n > 0 && p[1].revents && asked())
+		if (p[1].revents && asked())
 			return;
-		if (n <= 0 || !p[0].revents)
+		if (!p[0].revents)
 			continue;
 		if (!message_receive(&q, sizeof q, NULL))
 			return;
@@ -597,31 +592,29 @@ static void answer_all(const sigset_t *unblocked)
 	}
 }
 
-static int run(int in, int out, const sigset_t *unblocked)
+static int run(int in, int out)
 {
-	int pair[2], status = 0, null;
+	static const int signals[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE, 0 };
+	int pair[2], status = 0, null, signal_fd = signal_open(signals);
 	pid_t child;
 
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+	if (signal_fd < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
 		return EX_OS;
 	child = branch();
 	if (child < 0)
 		return EX_OS;
 	if (child == 0) {
-		signal(SIGTERM, SIG_DFL);
-		signal(SIGINT, SIG_DFL);
-		sigprocmask(SIG_SETMASK, unblocked, NULL);
 		_exit(session(in, out, pair[1]));
 	}
 	close(pair[1]);
 	channel = pair[0];
-	null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	null = open_at(AT_FDCWD, "/dev/null", O_RDWR);
 	dup2(null, in);         /* the line is the session's: when it ends, the client must see it */
 	dup2(null, out);
 	if (!log_open_stderr())
 		dup2(null, 2);
 	close(null);
-	answer_all(unblocked);
+	answer_all(signal_fd);
 	close(channel);
 	if (m.lock >= 0)
 		close(m.lock);
@@ -644,9 +637,11 @@ static int ask(struct question *q, struct answer *a, int *fd)
 	return err;
 }
 
-static int run(int in, int out, const sigset_t *unblocked)
+static int run(int in, int out)
 {
-	sigprocmask(SIG_SETMASK, unblocked, NULL);
+	static const int signals[] = { SIGPIPE, 0 };
+
+	close(signal_open(signals));
 	wire.watch = -1;
 	wire.woken = asked;
 	return serve(in, out);
@@ -655,26 +650,14 @@ static int run(int in, int out, const sigset_t *unblocked)
 
 int monitor(int in, int out)
 {
-	struct sigaction sa = { .sa_handler = on_stop };
-	sigset_t blocked, unblocked;
 	int err;
 
 	page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (page == MAP_FAILED)
 		return EX_OS;
-	sigemptyset(&blocked);
-	sigaddset(&blocked, SIGTERM);
-	sigaddset(&blocked, SIGINT);
-	sigprocmask(SIG_BLOCK, &blocked, NULL);
-	sigemptyset(&unblocked);
-	sigaction(SIGTERM, &sa, NULL);
-	sigaction(SIGINT, &sa, NULL);
-	signal(SIGPIPE, SIG_IGN);
-	signal(SIGHUP, SIG_IGN);
-	signal(SIGCHLD, SIG_DFL);
 	m.since = now();
 	m.clear = peer_trusted(in, m.addr);
-	err = run(in, out, &unblocked);
+	err = run(in, out);
 	ended();
 	return err;
 }

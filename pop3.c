@@ -134,17 +134,13 @@ static enum verdict do_pass(struct session *s, const struct args *a)
 }
 
 #if ENABLE_APOP
-static int hex(char c)
-{
-	return c >= '0' && c <= '9' ? c - '0' : (c | 0x20) >= 'a' && (c | 0x20) <= 'f' ? (c | 0x20) - 'a' + 10 : -1;
-}
-
 /* RFC 1939, section 7: name, blank, 32 hexadecimal digits. */
 static enum verdict do_apop(struct session *s, const struct args *a)
 {
 	char *digest = find_last(a->text, ' ');
 	uint8_t d[MD5_SIZE];
 	size_t i;
+	int n;
 
 	if (!*s->hello.stamp)
 		return refuse(s, "[AUTH] APOP is not offered here, use USER and PASS");
@@ -152,9 +148,10 @@ static enum verdict do_apop(struct session *s, const struct args *a)
 		return refuse(s, "APOP takes a name and 32 hexadecimal digits");
 	*digest++ = 0;
 	for (i = 0; i < MD5_SIZE; i++, digest += 2) {
-		if (hex(digest[0]) < 0 || hex(digest[1]) < 0)
+		n = hex_digit(digest[0]) * 16 | hex_digit(digest[1]);
+		if (n < 0)
 			return refuse(s, "APOP takes a name and 32 hexadecimal digits");
-		d[i] = (uint8_t)(hex(digest[0]) << 4 | hex(digest[1]));
+		d[i] = (uint8_t)n;
 	}
 	if (name_fault(a->text))
 		return refuse(s, "[AUTH] no mailbox has such a name");

@@ -2,6 +2,7 @@
 #include "almond.h"
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
 
 void *map(size_t n)
 {
@@ -10,9 +11,14 @@ void *map(size_t n)
 	return p == MAP_FAILED ? NULL : p;
 }
 
+static void *remap(void *p, size_t old, size_t size)
+{
+	return (void *)syscall(SYS_mremap, p, old, size, MREMAP_MAYMOVE);
+}
+
 bool map_grow(void *p_, size_t old, size_t size)
 {
-	void **p = p_, *q = old ? mremap(*p, old, size, MREMAP_MAYMOVE) : map(size);
+	void **p = p_, *q = old ? remap(*p, old, size) : map(size);
 
 	if (!q || q == MAP_FAILED)
 		return false;

@@ -2,7 +2,9 @@
 #include "almond.h"
 
 #include <poll.h>
+#include <signal.h>
 #include <sys/random.h>
+#include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
@@ -99,6 +101,11 @@ char *find(const char *s, char c)
 char *find_last(const char *s, char c)
 {
 	return memrchr(s, c, strlen(s));
+}
+
+int hex_digit(char c)
+{
+	return c >= '0' && c <= '9' ? c - '0' : (c | 0x20) >= 'a' && (c | 0x20) <= 'f' ? (c | 0x20) - 'a' + 10 : -1;
 }
 
 bool same_word(const char *a, const char *b)
@@ -312,6 +319,31 @@ pid_t branch(void)
 	return _Fork();
 }
 
+int signal_open(const int *signals)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	while (*signals)
+		sigaddset(&set, *signals++);
+	sigprocmask(SIG_SETMASK, &set, NULL);
+	return signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+}
+
+int signal_next(int fd)
+{
+	struct signalfd_siginfo s;
+
+	return read(fd, &s, sizeof s) == sizeof s ? (int)s.ssi_signo : 0;
+}
+
+int open_at(int dir, const char *path, int flags)
+{
+	int fd = openat(dir, path, flags | O_NOCTTY | O_CLOEXEC);
+
+	return fd < 0 ? -errno : fd;
+}
+
 #ifdef SYS_fcntl64
 enum { CALL_FCNTL = SYS_fcntl64 };
 #else
@@ -341,9 +373,9 @@ int random_bytes(void *p, size_t n)
 
 	if (k == (ssize_t)n)
 		return 0;
-	fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);        /* before Linux 3.17 */
+	fd = open_at(AT_FDCWD, "/dev/urandom", O_RDONLY);       /* before Linux 3.17 */
 	if (fd < 0)
-		return -errno;
+		return fd;
 	k = read(fd, p, n);
 	close(fd);
 	return k == (ssize_t)n ? 0 : -EIO;
