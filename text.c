@@ -314,10 +314,23 @@ uint64_t wall_clock(void)
 	return clock_ms(CLOCK_REALTIME);
 }
 
+/* glibc's fork is kept, since its malloc and the sanitizers want to know. */
+#if defined __GLIBC__
 pid_t branch(void)
 {
-	return _Fork();
+	return fork();
 }
+#elif defined SYS_fork
+pid_t branch(void)
+{
+	return (pid_t)syscall(SYS_fork);
+}
+#else
+pid_t branch(void)
+{
+	return (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+}
+#endif
 
 int signal_open(const int *signals)
 {
