@@ -20,7 +20,7 @@ static int lines_open(struct lines *l, const char *path)
 	if (l->fd >= 0)
 		return 0;
 	log_line(L_ERROR, "%s: %s; accounts are read from it", path, reason(l->fd));
-	return l->fd;
+	return l->fd == -EACCES ? -EIO : l->fd;         /* -EACCES is a wrong password */
 }
 
 static void copy_name(char to[MAX_NAME + 1], const char *name)
@@ -166,7 +166,7 @@ int system_account(const char *name, struct account *who)
 	char *line;
 
 	if (lines_open(&l, "/etc/passwd"))
-		return l.fd;
+		return -EIO;
 	while ((line = text_next(&l))) {
 		if (strcmp(field(&line), name) != 0 || err != -ENOENT)
 			continue;

@@ -444,7 +444,7 @@ static int background(void)
 		_exit(pid < 0 ? EX_OS : 0);
 	setsid();
 	null = open_at(AT_FDCWD, "/dev/null", O_RDWR);
-	if (null < 0 || chdir("/") < 0)
+	if (null < 0 || (*conf.spool == '/' && (!conf.users || *conf.users == '/') && chdir("/") < 0))
 		return EX_OS;
 	dup2(null, 0);
 	dup2(null, 1);

@@ -128,16 +128,16 @@ int ask_commit(struct box *b)
 			continue;
 		b->store->gone(b, i, &q.u.gone[q.n++]);
 		page->dele++;
-		if (q.n == GONES) {
-			ask(&q, &a, NULL);
-			q.n = 0;
-		}
+		if (q.n < GONES)
+			continue;
+		if (ask(&q, &a, NULL))
+			return a.err;
+		q.n = 0;
 	}
-	if (q.n)
-		ask(&q, &a, NULL);
+	if (q.n && ask(&q, &a, NULL))
+		return a.err;
 	q.op = COMMIT;
-	ask(&q, &a, NULL);
-	return a.err;
+	return ask(&q, &a, NULL);
 }
 
 void ask_note(enum note note, uint32_t number, int err)
@@ -206,7 +206,7 @@ static int take_identity(void)
 	err = m.vault.spool < 0 ? m.vault.spool : fstat(m.vault.spool, &spool) < 0 ? -errno : 0;
 	if (err) {
 		log_line(L_ERROR, "spool %s: %s; make it, or name another with -d", conf.spool, reason(err));
-		return err;
+		return -EPERM;
 	}
 	m.lock = session_lock(&spool, m.who.box, m.who.uid);
 	err = become(m.who.uid, m.who.gid);
@@ -296,7 +296,12 @@ static int commit(void)
 /* Whatever comes of it, the session is over: who comes next need not wait until the line is closed. */
 static int answer_commit(void)
 {
-	int err = m.gones ? commit() : 0;
+	static const int all[] = { SIGTERM, SIGINT, SIGHUP, SIGPIPE, 0 };
+	int err;
+
+	if (!ENABLE_PRIVSEP)
+		signal_open(all);       /* nothing ends us in the middle */
+	err = m.gones ? commit() : 0;
 
 	m.stage = DONE;
 	if (m.lock >= 0)
@@ -453,15 +458,22 @@ static bool asked(void)
 
 static int serve(int in, int out)
 {
-	int nodelay = 1;
+	int on = 1, stall = SEND_STALL;
 
 	wire.in = in;
 	wire.out = out;
 	wire.pulse = &page->pulse;
 	*wire.pulse = (uint32_t)(now() / 1000);
-	if (setsockopt(out, 6, 1, &nodelay, sizeof nodelay) == 0)       /* IPPROTO_TCP, TCP_NODELAY: replies are whole */
-		control(out, F_SETFL, control(out, F_GETFL, 0) | O_NONBLOCK);
+	if (setsockopt(out, 6, 1, &on, sizeof on) < 0) {        /* IPPROTO_TCP, TCP_NODELAY: replies are whole */
+		pop3(&wire);
+		return 0;
+	}
+	setsockopt(out, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+	setsockopt(out, 6, 18, &stall, sizeof stall);           /* TCP_USER_TIMEOUT: a vanished peer's line ends */
+	control(out, F_SETFL, control(out, F_GETFL, 0) | O_NONBLOCK);
 	pop3(&wire);
+	while (read(in, wire.in_buffer, sizeof wire.in_buffer) > 0)     /* what was not heard would reset the line */
+		;
 	return 0;
 }
 
@@ -542,6 +554,7 @@ static int session(int in, int out, int chan)
 	static const int blocked[] = { SIGPIPE, SIGHUP, SIGUSR1, 0 };
 	int null = open_at(AT_FDCWD, "/dev/null", O_RDWR);
 
+	become_session();
 	chan = control(chan, F_DUPFD, 4);
 	in = control(in, F_DUPFD, 4);
 	out = control(out, F_DUPFD, 4);
@@ -553,7 +566,6 @@ static int session(int in, int out, int chan)
 	close(signal_open(blocked));
 	channel = wire.watch = 3;
 	wire.woken = hung_up;
-	become_session();
 	return serve(0, 1);
 }
 
@@ -608,12 +620,15 @@ static int run(int in, int out)
 	}
 	close(pair[1]);
 	channel = pair[0];
+	close(in);              /* the line is the session's: when it ends, the client must see it */
+	close(out);
 	null = open_at(AT_FDCWD, "/dev/null", O_RDWR);
-	dup2(null, in);         /* the line is the session's: when it ends, the client must see it */
-	dup2(null, out);
+	dup2(null, 0);
+	dup2(null, 1);
 	if (!log_open_stderr())
 		dup2(null, 2);
-	close(null);
+	if (null > 2)
+		close(null);
 	answer_all(signal_fd);
 	close(channel);
 	if (m.lock >= 0)
