@@ -200,5 +200,5 @@ void wire_stuff(struct wire *w, size_t n)
 
 void wire_end(struct wire *w, bool open_end)
 {
-	wire_put(w, "\r\n.\r\n" + (open_end ? 0 : 2), open_end ? 5 : 3);
+	wire_put(w, open_end ? "\r\n.\r\n" : ".\r\n", open_end ? 5 : 3);
 }
