@@ -152,7 +152,7 @@ struct dirent_head { uint64_t inode; int64_t next; unsigned short size; unsigned
 
 static int list_dir(struct list *l, int maildir, unsigned cur)
 {
-	int fd = open_at(maildir, dirs[cur], O_RDONLY | O_DIRECTORY | O_NOFOLLOW), err = 0;
+	int fd = open_quiet(maildir, dirs[cur]), err = 0;
 	_Alignas(8) char buffer[4096];
 	const struct dirent_head *d;
 	long n, i;
