@@ -58,7 +58,7 @@ void become_session(void)
 	if (geteuid() != 0)
 		return;
 	if (!empty_root() || chdir("/") < 0 || take(conf.session_uid, conf.session_gid, 0, NULL) < 0) {
-		log_line(L_ERROR, "no session: cannot take %s's identity in " RUN_DIR "/empty; make it possible", conf.session);
+		log_line(L_ERROR, "no session: cannot be %s in " RUN_DIR "/empty; make it possible", conf.session);
 		_exit(EX_OS);
 	}
 }
@@ -82,7 +82,7 @@ static int session_user(void)
 		if (system_account(conf.session, &who))
 			who.uid = who.gid = 65534;
 	} else if (err || who.uid == 0 || who.gid == 0) {
-		log_line(L_ERROR, "-U %s: %s; name an account with no rights", conf.session, err ? reason(err) : "it is root");
+		log_line(L_ERROR, "-U %s: %s; name an account without rights", conf.session, err ? reason(err) : "it is root");
 		return EX_CONF;
 	}
 	conf.session_uid = who.uid;
@@ -275,7 +275,7 @@ static int add_listener(const char *option)
 	}
 	if (number(port, 65535, &n) < 0 || !n || listen_count == MAX_LISTEN ||
 	    (addr && !parse_address(addr, s6.sin6_addr.s6_addr, &v4))) {
-		log_line(L_ERROR, "-l %s: what is wanted is PORT, ADDR:PORT or [ADDR]:PORT, %d times at most", option, MAX_LISTEN);
+		log_line(L_ERROR, "-l %s: give PORT, ADDR:PORT or [ADDR]:PORT, %d times at most", option, MAX_LISTEN);
 		return EX_USAGE_;
 	}
 	s6.sin6_port = s4.sin_port = htons((uint16_t)n);
@@ -529,28 +529,22 @@ static int start_alone(char *const listeners[], unsigned n, bool foreground)
 static const char usage[] =
 	"usage: almond [-d SPOOL] [-u USERS] [-s] [-n NET/LEN] [-U USER] [-l [ADDR:]PORT] [-FEiTVh]\n"
 	"       almond passwd|deliver|check ...\n"
-	" -d  spool directory (" SPOOL_DIR ")\n"
-	" -u  users file; -s  the system's accounts (neither: " USERS_FILE ", else -s)\n"
-	" -n  network on which a password may cross in clear (loopback always)\n"
-	" -U  identity of sessions (" SESSION_USER ")\n"
-	" -l  listen here (110); -F  stay in the foreground; -E  log to standard error\n"
-	" -i  serve standard input (found out by itself under inetd)\n"
-	" -T  check the configuration; -V  version and switches; -h  this\n";
+	" -d spool (" SPOOL_DIR ")\n"
+	" -u users file, -s system accounts (neither: " USERS_FILE ", else -s)\n"
+	" -n network where a password may cross in clear\n"
+	" -U identity of sessions (" SESSION_USER ")\n"
+	" -l listen here (110), -F in the foreground, -E log to standard error\n"
+	" -i serve standard input (inetd)\n"
+	" -T check the configuration, -V version and switches\n";
 
-#define SWITCH(x) { #x, ENABLE_##x }
+#define WORDS(x) #x
+#define SWITCH_(name, x) "ENABLE_" name " " WORDS(x) "\n"
+#define SWITCH(x) SWITCH_(#x, ENABLE_##x)
 static void print_version(void)
 {
-	static const struct { char name[15]; uint8_t on; } switches[] = {
-		SWITCH(MBOX), SWITCH(MAILDIR), SWITCH(CONTENT_LENGTH), SWITCH(USERS), SWITCH(SYSTEM), SWITCH(SHA_CRYPT),
-		SWITCH(MD5_CRYPT), SWITCH(CRYPT), SWITCH(APOP), SWITCH(LAST), SWITCH(UTF8), SWITCH(ALONE), SWITCH(PRIVSEP),
-		SWITCH(PASSWD), SWITCH(DELIVER), SWITCH(CHECK),
-	};
-	size_t i;
-
-	print("almond " VERSION "\n");
-	for (i = 0; i < LEN(switches); i++)
-		print("ENABLE_%s %u\n", switches[i].name, switches[i].on);
-	print("a session takes at most %u bytes, and %u a message\n",
+	print("almond " VERSION "\n" SWITCH(MBOX) SWITCH(MAILDIR) SWITCH(CONTENT_LENGTH) SWITCH(USERS) SWITCH(SYSTEM)
+	    SWITCH(SHA_CRYPT) SWITCH(MD5_CRYPT) SWITCH(CRYPT) SWITCH(APOP) SWITCH(LAST) SWITCH(UTF8) SWITCH(ALONE)
+	    SWITCH(PRIVSEP) SWITCH(PASSWD) SWITCH(DELIVER) SWITCH(CHECK) "session: at most %u bytes, and %u a message\n",
 	    (unsigned)(sizeof (struct wire) + SCAN_BUFFER), (unsigned)(sizeof (struct msg) + 24));
 }
 

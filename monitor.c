@@ -211,7 +211,7 @@ static int take_identity(void)
 	m.lock = session_lock(&spool, m.who.box, m.who.uid);
 	err = become(m.who.uid, m.who.gid);
 	if (err)
-		log_line(L_ERROR, "user %s: cannot take his identity: %s", m.who.name, reason(err));
+		log_line(L_ERROR, "user %s: cannot become him: %s", m.who.name, reason(err));
 	return err;
 }
 
@@ -308,7 +308,7 @@ static int answer_commit(void)
 		close(m.lock);
 	m.lock = -ENOLCK;
 	if (err)
-		log_line(L_ERROR, "commit user=%s rip=%s: %s; nothing of the mail was lost, the client will try again",
+		log_line(L_ERROR, "commit user=%s rip=%s: %s; no mail was lost, log in again",
 		    m.who.name, m.addr, reason(err));
 	return err;
 }
@@ -316,11 +316,11 @@ static int answer_commit(void)
 static int answer_note(const struct question *q)
 {
 	static const char *const text[NOTE_COUNT] = {
-		"a name that no mailbox can have was refused",
-		"a password in clear was refused; list the network with -n if that is meant",
-		"another program changed the mailbox during the session",
-		"the mail cannot be read",
-		"the mailbox holds more messages than MAX_MESSAGES",
+		"bad name refused",
+		"password in clear refused; allow the network with -n",
+		"another program changed the mailbox",
+		"mail unreadable",
+		"more than MAX_MESSAGES in the mailbox",
 	};
 
 	if (q->n >= NOTE_COUNT || ++m.notes > MAX_NOTES)
@@ -375,7 +375,7 @@ int open_quiet(int dir, const char *path)
 
 static int vault_refuse(const struct vault *v, const char *why)
 {
-	log_line(L_ERROR, "mailbox %s refused: %s; `almond check` tells more", v->box, why);
+	log_line(L_ERROR, "mailbox %s refused: %s; see `almond check`", v->box, why);
 	return -EPERM;
 }
 
@@ -387,7 +387,7 @@ static int vault_maildir(struct vault *v)
 	if (!ENABLE_MAILDIR)
 		return vault_refuse(v, "it is a directory, and ENABLE_MAILDIR is off");
 	err = maildir_snapshot(v);
-	return err == -ENOTDIR ? vault_refuse(v, "a directory without cur and new is no Maildir") : err;
+	return err == -ENOTDIR ? vault_refuse(v, "no Maildir: cur or new is missing") : err;
 }
 
 static int vault_mbox(struct vault *v)
@@ -410,19 +410,19 @@ int vault_open(struct vault *v)
 		return 0;
 	}
 	if (v->fd == -ELOOP)
-		return vault_refuse(v, "it is a symbolic link");
+		return vault_refuse(v, "a symbolic link");
 	if (v->fd == -EACCES)
-		return vault_refuse(v, "its rights do not let its user read it");
+		return vault_refuse(v, "its user may not read it");
 	if (v->fd < 0 || fstat(v->fd, &st) < 0)
 		return v->fd < 0 ? v->fd : -errno;
 	if (st.st_uid != geteuid())
-		return vault_refuse(v, "it belongs to another user");
+		return vault_refuse(v, "it is another user's");
 	if (S_ISDIR(st.st_mode))
 		return vault_maildir(v);
 	if (!S_ISREG(st.st_mode))
-		return vault_refuse(v, "it is neither a file nor a directory");
+		return vault_refuse(v, "no file");
 	if (st.st_nlink != 1)
-		return vault_refuse(v, "it has a second hard link");
+		return vault_refuse(v, "a second hard link");
 	return vault_mbox(v);
 }
 
@@ -636,7 +636,7 @@ static int run(int in, int out)
 	while (waitpid(child, &status, 0) < 0 && errno == EINTR)
 		;
 	if (WIFSIGNALED(status))
-		log_line(L_ERROR, "session user=%s rip=%s died by signal %d, please report it; the mail is as it was",
+		log_line(L_ERROR, "session user=%s rip=%s died by signal %d: please report; the mail is as it was",
 		    *m.who.name ? m.who.name : "-", m.addr, WTERMSIG(status));
 	return 0;
 }

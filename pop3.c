@@ -53,11 +53,11 @@ static enum verdict store_failed(struct session *s, uint32_t i, int err)
 {
 	if (err == -ENOENT) {
 		s->box.msg[i].flags |= VANISHED;
-		return refuse(s, "[SYS/TEMP] another program removed this message");
+		return refuse(s, "[SYS/TEMP] another program removed it");
 	}
 	ask_note(err == -EAGAIN ? NOTE_CHANGED : NOTE_READ, i + 1, err);
-	return refuse(s, err == -EAGAIN ? "[SYS/TEMP] another program changed the mailbox, log in again" :
-	    "[SYS/TEMP] the mail cannot be read, try again later");
+	return refuse(s, err == -EAGAIN ? "[SYS/TEMP] the mailbox was changed, log in again" :
+	    "[SYS/TEMP] cannot be read, try again later");
 }
 
 /* ---- AUTHORIZATION ---- */
@@ -65,7 +65,7 @@ static enum verdict store_failed(struct session *s, uint32_t i, int err)
 static enum verdict no_clear(struct session *s)
 {
 	ask_note(NOTE_CLEAR, 0, 0);
-	return refuse(s, "[AUTH] a password may not cross this network in clear; ask for it to be listed");
+	return refuse(s, "[AUTH] no password in clear on this network");
 }
 
 static enum verdict do_user(struct session *s, const struct args *a)
@@ -81,7 +81,7 @@ static enum verdict do_user(struct session *s, const struct args *a)
 	}
 	memcpy(s->name, a->text, strlen(a->text) + 1);
 	s->named = true;
-	wire_say(s->w, "+OK name taken, password please");
+	wire_say(s->w, "+OK password please");
 	return OK;
 }
 
@@ -99,7 +99,7 @@ static enum verdict entered(struct session *s, int err)
 	if (err == -EACCES && ++s->tries < MAX_TRIES)
 		return refuse(s, "[AUTH] wrong name or password");
 	if (err == -EACCES)
-		refuse(s, "[AUTH] wrong name or password, tried too often");
+		refuse(s, "[AUTH] wrong name or password");
 	if (err == -EACCES)
 		return LEAVE;
 	if (!err)
@@ -118,9 +118,9 @@ static enum verdict entered(struct session *s, int err)
 		ask_note(NOTE_READ, 0, err);
 	refuse(s, err == -EBUSY ? "[IN-USE] the mailbox is in use, try again soon" :
 	    err == -EPERM || err == -EMFILE || err == -EFBIG ?
-	    "[SYS/PERM] the mailbox cannot be served, its administrator finds the cause in the log" :
-	    err == -EAGAIN ? "[SYS/TEMP] another program changed the mailbox, try again" :
-	    "[SYS/TEMP] the mailbox cannot be opened, try again later");
+	    "[SYS/PERM] the mailbox cannot be served, ask its administrator" :
+	    err == -EAGAIN ? "[SYS/TEMP] the mailbox was changed, log in again" :
+	    "[SYS/TEMP] cannot be read, try again later");
 	return LEAVE;
 }
 
@@ -143,18 +143,18 @@ static enum verdict do_apop(struct session *s, const struct args *a)
 	int n;
 
 	if (!*s->hello.stamp)
-		return refuse(s, "[AUTH] APOP is not offered here, use USER and PASS");
+		return refuse(s, "[AUTH] no APOP here, use USER");
 	if (!digest || strlen(digest) != 1 + 2 * MD5_SIZE)
-		return refuse(s, "APOP takes a name and 32 hexadecimal digits");
+		return refuse(s, "a name and 32 hexadecimal digits are wanted");
 	*digest++ = 0;
 	for (i = 0; i < MD5_SIZE; i++, digest += 2) {
 		n = hex_digit(digest[0]) * 16 | hex_digit(digest[1]);
 		if (n < 0)
-			return refuse(s, "APOP takes a name and 32 hexadecimal digits");
+			return refuse(s, "a name and 32 hexadecimal digits are wanted");
 		d[i] = (uint8_t)n;
 	}
 	if (name_fault(a->text))
-		return refuse(s, "[AUTH] no mailbox has such a name");
+		return refuse(s, "[AUTH] bad name");
 	return entered(s, ask_apop(a->text, d));
 }
 #endif
@@ -175,7 +175,7 @@ static enum verdict do_lang(struct session *s, const struct args *a)
 	else if (!strcmp(a->text, "*") || same_word(a->text, "en") || same_word(a->text, "i-default"))
 		wire_say(s->w, "+OK en English it is");
 	else
-		return refuse(s, "this language is not spoken here, en is");
+		return refuse(s, "only en is spoken here");
 	return OK;
 }
 #endif
@@ -363,8 +363,8 @@ static enum verdict do_quit(struct session *s, const struct args *a)
 	page->why = err ? WHY_STORE : WHY_QUIT;
 	if (err)
 		wire_say(s->w, err == -EBUSY ?
-		    "-ERR [IN-USE] nothing was deleted: another program holds the mailbox, try again" :
-		    "-ERR [SYS/TEMP] not all deleted messages were removed: %s", reason(err));
+		    "-ERR [IN-USE] nothing was deleted, try again" :
+		    "-ERR [SYS/TEMP] some messages not removed: %s", reason(err));
 	else
 		wire_say(s->w, "+OK POP3 %s server shutdown", s->hello.host);
 	return LEAVE;
@@ -424,7 +424,7 @@ static const char *message_argument(const struct session *s, const char *text, u
 	uint64_t v;
 
 	if (number(text, UINT64_MAX, &v) < 0)
-		return "a message's number is wanted";
+		return "a message number is wanted";
 	if (!v || v > s->box.count)
 		return "there is no such message";
 	if (is_gone(&s->box.msg[v - 1]))
@@ -457,7 +457,7 @@ static const char *argument(const struct session *s, enum arg rule, char *text, 
 	case MSG_LINES:
 		second = find(text, ' ');
 		if (!second)
-			return "a message's number and a count of lines are wanted";
+			return "a number and a count of lines are wanted";
 		*second++ = 0;
 		fault = message_argument(s, text, &a->n);
 		return fault ? fault : number(second, UINT64_MAX, &a->lines) < 0 ? "a count of lines is wanted" : NULL;

@@ -147,10 +147,10 @@ const char *name_fault(const char *name)
 	if (n > MAX_NAME)
 		return "the name is too long";
 	if (*name == '.' || (n > 5 && !memcmp(name + n - 5, ".lock", 5)))
-		return "a name begins with no dot and ends in no .lock";
+		return "a name must not begin with . or end in .lock";
 	for (p = name; *p; p++)
 		if ((unsigned char)*p <= ' ' || *p == 0x7F || *p == '/' || *p == ':')
-			return "the name holds a character that no mailbox's name can have";
+			return "the name holds a bad character";
 	return NULL;
 }
 
@@ -256,20 +256,19 @@ void log_line(int level, const char *format, ...)
 
 const char *reason(int err)
 {
-	static const struct { int err; const char *text; } known[] = {
-		{ EACCES, "permission denied" }, { EPERM, "not permitted" }, { ENOENT, "not there" },
-		{ ENOSPC, "the disk is full" }, { EDQUOT, "the quota is used up" }, { EIO, "input/output error" },
-		{ EROFS, "read-only file system" }, { EBUSY, "in use" }, { EADDRINUSE, "the port is in use" },
-		{ EAGAIN, "changed by another program" }, { ENOMEM, "out of memory" }, { ENOTDIR, "no directory" },
-		{ ELOOP, "a symbolic link" }, { EADDRNOTAVAIL, "no such address here" }, { ETIMEDOUT, "timed out" },
-	};
+	static const uint16_t known[] = { EACCES, EPERM, ENOENT, ENOSPC, EDQUOT, EIO, EROFS, EBUSY, EADDRINUSE, EAGAIN, ENOMEM,
+		ENOTDIR, ELOOP, EADDRNOTAVAIL };
+	static const char texts[] = "permission denied\0not permitted\0not there\0disk full\0quota used up\0input/output error\0"
+		"read-only file system\0in use\0port in use\0changed by another program\0out of memory\0no directory\0"
+		"a symbolic link\0no such address here";
 	static char other[24];
+	const char *t = texts;
 	size_t i;
 
 	err = err < 0 ? -err : err;
-	for (i = 0; i < LEN(known); i++)
-		if (known[i].err == err)
-			return known[i].text;
+	for (i = 0; i < LEN(known); i++, t += strlen(t) + 1)
+		if (known[i] == err)
+			return t;
 	fmt(other, sizeof other, "error %d", err);
 	return other;
 }
@@ -413,6 +412,6 @@ int write_all(int fd, const void *p, size_t n)
 
 void broken(const char *file, int line)
 {
-	log_line(L_ERROR, "broken at %s:%d, please report it; the mail is as it was", file, line);
+	log_line(L_ERROR, "broken at %s:%d: please report; the mail is as it was", file, line);
 	_exit(EX_BROKEN);
 }

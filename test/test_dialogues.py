@@ -1,5 +1,6 @@
 """Every dialogue of test/dialogues, over each kind of mailbox, sent in each way, each with a server of its own."""
 import hashlib
+import os
 import re
 
 import pytest
@@ -8,8 +9,9 @@ from conftest import ALMOND, SEPARATOR, Pop, Server, Spool, host, plain, scram, 
 from dialogue import load
 
 SWITCHES = switches(ALMOND)
+MODES = os.environ.get('DIALOGUE_MODES', 'step piped bytes').split()
 CASES = [pytest.param(d, box, mode, id=f'{d.name}-{box}-{mode}') for d in load() if d.fits(SWITCHES)
-         for box in d.boxes if d.box_fits(box, SWITCHES) for mode in d.modes]
+         for box in d.boxes if d.box_fits(box, SWITCHES) for mode in d.modes if mode in MODES]
 
 
 @pytest.mark.parametrize('dialogue,box,mode', CASES)

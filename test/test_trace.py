@@ -44,9 +44,17 @@ class Inetd(Program):
             pop.login(name)
         return pop
 
-    def stop(self):
-        assert self.wait() == 0, self.log()
-        self.check_log()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.ours.close()
+        if kind is None:
+            assert self.wait() == 0, self.log()
+            self.check_log()
+        elif self.process.poll() is None:
+            self.process.kill()
+            self.wait()
 
 
 STARTS = {'alone': Server, 'inetd': Inetd}
@@ -143,9 +151,8 @@ def test_reading_writes_nothing(spool, store, start):
     for path in paths:
         os.utime(path, ns=(10**18, 10**18 + 5))         # an access time that any read renews
     before = times(paths)
-    server = STARTS[start](spool, prefix=strace(spool))
-    look(server.pop())
-    server.stop()
+    with STARTS[start](spool, prefix=strace(spool)) as server:
+        look(server.pop())
     traced = calls(spool)
     assert written(traced) == {}
     for path in changed(traced):
@@ -160,12 +167,10 @@ def test_reading_writes_nothing(spool, store, start):
 # ---- deleting writes no more than it must ----
 
 def delete(spool, numbers):
-    server = Server(spool, prefix=strace(spool))
-    with server.pop('user') as pop:
+    with Server(spool, prefix=strace(spool)) as server, server.pop('user') as pop:
         for n in numbers:
             pop.ok(f'DELE {n}')
         assert pop.quit().startswith('+OK')
-    server.stop()
     return calls(spool)
 
 
@@ -246,9 +251,8 @@ READS = ('read', 'readv', 'pread64', 'recvfrom', 'recvmsg', 'recvmmsg', 'splice'
 @pytest.mark.parametrize('store', STORES)
 def test_root_reads_nothing_of_the_client(spool, store, start):
     fill(spool, store)
-    server = STARTS[start](spool, prefix=strace(spool))
-    look(server.pop())
-    server.stop()
+    with STARTS[start](spool, prefix=strace(spool)) as server:
+        look(server.pop())
     readers = []
     for pid, mine in calls(spool).items():
         uid, root = 0, '/'
@@ -295,6 +299,22 @@ def status(pid, field):
     return re.search(rf'^{field}:[ \t]*(.*)$', text, re.M).group(1).split()
 
 
+def check(session, more):
+    """It holds the client, a last word, the monitor and these; it is nobody, nowhere."""
+    held = holds(session)
+    assert set(held) - {0, 1, 2, 3} == set(more), held
+    assert held[0] == held[1] and held[0].startswith('socket:') and held[3].startswith('socket:')
+    uids = status(session, 'Uid')
+    assert len(set(uids)) == 1 and int(uids[0]) not in (0, OWNER)
+    assert '0' not in status(session, 'Gid') and status(session, 'Groups') == []
+    assert os.readlink(f'/proc/{session}/root') not in ('/', '')
+    assert os.listdir(f'/proc/{session}/root/') == []
+    assert status(session, 'CapEff') == ['0000000000000000'] and status(session, 'CapPrm') == ['0000000000000000']
+    for fd in more:
+        flags = re.search(r'^flags:\s*(\d+)', pathlib.Path(f'/proc/{session}/fdinfo/{fd}').read_text(), re.M).group(1)
+        assert int(flags, 8) & os.O_ACCMODE == os.O_RDONLY
+
+
 @needs_root
 @two_processes
 @pytest.mark.parametrize('start', STARTS)
@@ -302,34 +322,18 @@ def status(pid, field):
 def test_what_the_session_holds(spool, store, start):
     """Before the first octet of the client, and with the mailbox open."""
     fill(spool, store)
-    server = STARTS[start](spool)
-    pop = server.pop()
-    monitor = child(server.process.pid) if start == 'alone' else server.process.pid
-    session = child(monitor)
-
-    def check(more):
-        held = holds(session)
-        assert set(held) - {0, 1, 2, 3} == set(more), held
-        assert held[0] == held[1] and held[0].startswith('socket:') and held[3].startswith('socket:')
-        uids = status(session, 'Uid')
-        assert len(set(uids)) == 1 and int(uids[0]) not in (0, OWNER)
-        assert '0' not in status(session, 'Gid') and status(session, 'Groups') == []
-        assert os.readlink(f'/proc/{session}/root') not in ('/', '')
-        assert os.listdir(f'/proc/{session}/root/') == []
-        assert status(session, 'CapEff') == ['0000000000000000'] and status(session, 'CapPrm') == ['0000000000000000']
-        for fd in more:
-            flags = re.search(r'^flags:\s*(\d+)', pathlib.Path(f'/proc/{session}/fdinfo/{fd}').read_text(), re.M).group(1)
-            assert int(flags, 8) & os.O_ACCMODE == os.O_RDONLY
-    check([])
-    assert status(monitor, 'Uid') == ['0'] * 4
-    pop.login()
-    assert status(monitor, 'Uid') == [str(OWNER)] * 4           # root no more
-    assert status(monitor, 'CapEff') == ['0000000000000000']
-    check([4] if store == 'mbox' else [])
-    pop.multi('RETR 1')
-    check([4])
-    assert pop.quit().startswith('+OK')
-    server.stop()
+    with STARTS[start](spool) as server, server.pop() as pop:
+        monitor = child(server.process.pid) if start == 'alone' else server.process.pid
+        session = child(monitor)
+        check(session, [])
+        assert status(monitor, 'Uid') == ['0'] * 4
+        pop.login()
+        assert status(monitor, 'Uid') == [str(OWNER)] * 4           # root no more
+        assert status(monitor, 'CapEff') == ['0000000000000000']
+        check(session, [4] if store == 'mbox' else [])
+        pop.multi('RETR 1')
+        check(session, [4])
+        assert pop.quit().startswith('+OK')
 
 
 @two_processes
@@ -338,12 +342,10 @@ def test_a_session_without_root(spool):
     fill(spool, STORES[0])
     prefix = ['setpriv', '--reuid', str(OWNER), '--regid', str(OWNER), '--clear-groups'] if IS_ROOT else []
     spool.own(spool.users_file)
-    server = Server(spool, prefix=prefix)
-    with server.pop() as pop:
+    with Server(spool, prefix=prefix) as server, server.pop() as pop:
         session = child(child(server.process.pid))
         assert set(holds(session)) == {0, 1, 2, 3}
         look(pop)
-    server.stop()
 
 
 # ---- memory that is used as it should be ----
@@ -353,18 +355,17 @@ def test_valgrind(spool, store):
     """No error in any of the processes of two sessions; a child's log is its own."""
     fill(spool, store)
     log = spool.base / 'valgrind.%p'
-    server = Server(spool, prefix=[tool('valgrind'), '-q', '--trace-children=no', f'--log-file={log}', '--error-exitcode=99'])
-    look(server.pop())
-    with server.pop() as pop:
-        pop.err('USER ../x')
-        pop.ok('USER user')
-        pop.err('PASS wrong')
-        pop.login()
-        pop.err('RETR 99')
-        pop.ok('DELE 1')
-        pop.ok('DELE 3')
-        assert pop.quit().startswith('+OK')
-    server.stop()
+    with Server(spool, prefix=[tool('valgrind'), '-q', '--trace-children=no', f'--log-file={log}']) as server:
+        look(server.pop())
+        with server.pop() as pop:
+            pop.err('USER ../x')
+            pop.ok('USER user')
+            pop.err('PASS wrong')
+            pop.login()
+            pop.err('RETR 99')
+            pop.ok('DELE 1')
+            pop.ok('DELE 3')
+            assert pop.quit().startswith('+OK')
     logs = list(spool.base.glob('valgrind.*'))
     assert logs
     for file in logs:
