@@ -1,0 +1,308 @@
+/* check.c: owns `almond check`: looks the installation over and says what to do; it changes nothing.  Runs as whoever calls it; a
+ * mailbox is read as its owner. */
+#include "almond.h"
+#include "tools.h"
+
+#if ENABLE_CHECK
+#include <signal.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+static bool found;              /* something to do */
+
+static void todo(const char *format, ...) __attribute__((format(printf, 1, 2)));
+static void todo(const char *format, ...)
+{
+	char text[512];
+	va_list ap;
+
+	found = true;
+	va_start(ap, format);
+	vfmt(text, sizeof text, format, ap);
+	va_end(ap);
+	print("  ! %s\n", text);
+}
+
+/* ---- directories ---- */
+
+/* The kernel's directory entry; libc's opendir wants malloc. */
+struct dirent_head { uint64_t inode; int64_t next; unsigned short size; unsigned char type; char name[]; };
+struct listing { int fd; long at, len; _Alignas(8) char buffer[4096]; };
+
+static const char *next_name(struct listing *l)
+{
+	const struct dirent_head *d;
+
+	do {
+		if (l->at == l->len) {
+			l->at = 0;
+			l->len = syscall(SYS_getdents64, l->fd, l->buffer, sizeof l->buffer);
+			if (l->len <= 0)
+				return NULL;
+		}
+		d = (const struct dirent_head *)(const void *)(l->buffer + l->at);
+		l->at += d->size;
+	} while (*d->name == '.');
+	return d->name;
+}
+
+static int open_dir(int dir, const char *name)
+{
+	return open_at(dir, name, O_RDONLY | O_DIRECTORY | (dir < 0 ? 0 : O_NOFOLLOW));
+}
+
+/* ---- one mailbox ---- */
+
+#if ENABLE_MAILDIR
+static void check_maildir(int spool, const char *name)
+{
+	static const char dirs[][4] = { "new", "cur", "tmp" };
+	struct listing l = { .at = 0 };
+	unsigned count[3] = { 0, 0, 0 }, odd = 0, i;
+	int dir = open_dir(spool, name);
+	uint64_t octets = 0;
+	const char *entry;
+	struct stat st;
+
+	for (i = 0; i < LEN(dirs); i++) {
+		l = (struct listing){ .fd = open_dir(dir, dirs[i]) };
+		if (l.fd < 0)
+			todo("%s/%s: %s; make it, or chown it to the user", name, dirs[i], reason(l.fd));
+		while (l.fd >= 0 && (entry = next_name(&l))) {
+			if (fstatat(l.fd, entry, &st, AT_SYMLINK_NOFOLLOW) < 0 || !S_ISREG(st.st_mode)) {
+				odd++;
+				continue;
+			}
+			octets += i < 2 ? (uint64_t)st.st_size : 0;
+			count[i]++;
+		}
+		close(l.fd);
+	}
+	close(dir);
+	print("%s: Maildir, %u new, %u seen, %llu octets\n", name, count[0], count[1], (unsigned long long)octets);
+	if (odd)
+		todo("%u entries are no plain files and are not served; look at them", odd);
+}
+#endif
+
+#if ENABLE_MBOX
+/* What a scan counts.  hidden: separators behind no blank line; shape: "From " lines behind one that are no separators. */
+struct scan { uint64_t messages, junk, nul, hidden, shape; bool open; };
+
+static uint64_t count_nul(const char *p, size_t n)
+{
+	uint64_t k = 0;
+
+	for (; n--; p++)
+		k += !*p;
+	return k;
+}
+
+static int scan(struct scan *s, int fd, uint64_t size)
+{
+	struct pieces in;
+	bool blank = true;
+	uint64_t at = 0;
+	int more = piece_open(&in);
+
+	if (more)
+		return more;
+	piece_from(&in, fd, 0, size);
+	while ((more = piece_next(&in)) > 0) {
+		if (in.bol && in.n > 5 && !memcmp(in.p, "From ", 5)) {
+			if (!mbox_separator(in.p, in.n))
+				s->shape += blank;
+			else if (!blank)
+				s->hidden++;
+			else if (!s->messages++)
+				s->junk = at;
+		}
+		blank = piece_blank(&in);
+		s->nul += count_nul(in.p, in.n);
+		s->open = !in.eol;
+		at += in.n;
+	}
+	piece_close(&in);
+	return more;
+}
+
+static void check_mbox(int spool, const char *name)
+{
+	int fd = open_quiet(spool, name), err;
+	struct scan s = { .open = false };
+	struct stat st = { .st_size = 0 };
+
+	err = fd < 0 ? fd : fstat(fd, &st) < 0 ? -errno : scan(&s, fd, (uint64_t)st.st_size);
+	close(fd);
+	if (err) {
+		todo("%s: %s; try again, or make it readable for its user", name, reason(err));
+		return;
+	}
+	print("%s: mbox, %llu messages, %llu octets\n", name, (unsigned long long)s.messages,
+	    (unsigned long long)st.st_size);
+	if (!s.messages && st.st_size)
+		todo("no message begins in it: no mbox, or damaged; restore it");
+	if (s.junk)
+		todo("%llu octets in front of the first message are not served; look at them", (unsigned long long)s.junk);
+	if (s.nul)
+		todo("%llu NUL octets, as after a power cut; look at the mail around them", (unsigned long long)s.nul);
+	if (s.open)
+		todo("the last line has no end: cut short, or being written; look at the last message");
+	if (s.hidden)
+		todo("%llu separators behind no blank line: mail may hide in the mail before; put one in front",
+		    (unsigned long long)s.hidden);
+	if (s.shape)
+		print("  %llu lines \"From ...\" are taken for text (FROM_SHAPE)\n", (unsigned long long)s.shape);
+}
+#endif
+
+/* As the owner, in a process of its own where we are root: no root process reads mail. */
+static void read_as_owner(int spool, const char *name, const struct stat *st)
+{
+	bool root = geteuid() == 0;
+	pid_t pid = root ? branch() : 0;
+	int status = 1;
+
+	if (pid) {
+		waitpid(pid, &status, 0);
+		found |= status != 0;
+		return;
+	}
+	if (root && become(st->st_uid, st->st_gid ? st->st_gid : conf.session_gid))
+		_exit(1);
+	if (ENABLE_MAILDIR && S_ISDIR(st->st_mode))
+		check_maildir(spool, name);
+	else if (ENABLE_MBOX && S_ISREG(st->st_mode))
+		check_mbox(spool, name);
+	if (root)
+		_exit(found);
+}
+
+/* NAME.lock: does the process that made it live? */
+static void check_lock(int spool, const char *name)
+{
+	int fd = open_at(spool, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
+	char text[12] = "";
+	uint64_t pid = 0;
+
+	if (fd >= 0 && read(fd, text, sizeof text - 1) > 0) {
+		text[strspn(text, "0123456789")] = 0;
+		number(text, INT32_MAX, &pid);
+	}
+	close(fd);
+	if (pid && (kill((pid_t)pid, 0) == 0 || errno == EPERM))
+		print("%s: held by process %llu\n", name, (unsigned long long)pid);
+	else
+		todo("%s: a lock of %s; remove it if it stays", name, pid ? "no living process" : "who knows whom");
+}
+
+static void check_box(int spool, const char *name)
+{
+	size_t n = strlen(name);
+	struct account who;
+	struct stat st;
+
+	if (n > 5 && !strcmp(name + n - 5, ".lock")) {
+		check_lock(spool, name);
+		return;
+	}
+	if (fstatat(spool, name, &st, AT_SYMLINK_NOFOLLOW) < 0)
+		return;
+	if (name_fault(name) || (!S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)) || (S_ISREG(st.st_mode) && st.st_nlink > 1)) {
+		todo("%s: a link, no file, or no user's name: not served; move it away", name);
+		return;
+	}
+	if (st.st_uid == 0) {
+		todo("%s belongs to root; chown it to its user", name);
+		return;
+	}
+	if (conf.system && system_account(name, &who) == 0 && who.uid != st.st_uid)
+		todo("%s belongs to uid %u, not to its user; chown it", name, st.st_uid);
+	if (st.st_mode & S_IWOTH)
+		todo("%s: everybody may change it; chmod o-w it", name);
+	read_as_owner(spool, name, &st);
+}
+
+/* ---- the spool ---- */
+
+/* Can almond make dot-locks in it? */
+static bool check_spool_mode(int spool)
+{
+	struct stat st;
+
+	if (fstat(spool, &st) < 0)
+		return false;
+	print("spool %s: uid %u, gid %u, mode %u%u%u%u\n", conf.spool, st.st_uid, st.st_gid,
+	    st.st_mode >> 9 & 7, st.st_mode >> 6 & 7, st.st_mode >> 3 & 7, st.st_mode & 7);
+	found |= fs_warning(spool) != NULL;
+	if ((st.st_mode & S_IWOTH) && !(st.st_mode & S_ISVTX))
+		todo("everybody may remove everybody's mail; chmod 1777 it, or better 2775 with group mail");
+	if (!(st.st_mode & (S_IWOTH | S_IWGRP)))
+		print("  only its owner can make mailboxes and dot-locks in it\n");
+	return st.st_mode & (S_IWOTH | S_IWGRP) || st.st_uid;
+}
+
+/* ---- who else locks, and how ---- */
+
+#if ENABLE_MBOX
+/* As LOCK_ORDER names them. */
+enum { LOCK_FCNTL = 1, LOCK_DOT = 2, LOCK_FLOCK = 4 };
+enum { F = LOCK_FCNTL, D = LOCK_DOT, K = LOCK_FLOCK };
+static const uint8_t ours[] = { LOCK_ORDER };
+
+/* Where a program lies below /usr, and the locks that it takes where nobody told it otherwise. */
+static const struct agent { char path[23]; uint8_t locks; } agents[] = {
+	{ "lib/postfix/sbin/local", F | D }, { "libexec/postfix/local", F | D }, { "sbin/exim4", F | D },
+	{ "sbin/exim", F | D }, { "bin/procmail", F | D }, { "bin/maildrop", F | D }, { "sbin/dma", K },
+	{ "sbin/smtpd", D | K }, { "bin/fdm", K }, { "bin/mutt_dotlock", F | D }, { "sbin/dovecot", F | D }, { "bin/mpop", F },
+};
+
+static void print_locks(const char *who, unsigned locks)
+{
+	print("%s locks by%s%s%s\n", who, locks & F ? " fcntl" : "", locks & D ? " dot-lock" : "", locks & K ? " flock" : "");
+}
+
+static void check_agents(bool dot)
+{
+	unsigned mine = 0, i;
+	char path[40];
+
+	for (i = 0; i < LEN(ours); i++)
+		mine |= ours[i];
+	if (!dot)
+		mine &= ~(unsigned)D;
+	print_locks("almond", mine);
+	for (i = 0; i < LEN(agents); i++) {
+		fmt(path, sizeof path, "/usr/%s", agents[i].path);
+		if (access(path, F_OK) < 0)
+			continue;
+		print_locks(path, agents[i].locks);
+		if (!(agents[i].locks & mine))
+			todo("it and almond do not see each other's locks: %s", dot ? "set its locks, or almond's LOCK_ORDER" :
+			    "let the mailboxes' group write the spool (chmod 2775), for dot-locks");
+	}
+}
+#endif
+
+int tool_check(const struct wish *w)
+{
+	struct listing l = { .at = 0 };
+	const char *name;
+	bool dot;
+
+	if (w->operand)
+		return EX_USAGE_;
+	tool_conf(w);
+	found = check_conf() != 0;
+	l.fd = open_dir(AT_FDCWD, conf.spool);
+	if (l.fd < 0)
+		return 1;
+	dot = check_spool_mode(l.fd);
+	while ((name = next_name(&l)))
+		check_box(l.fd, name);
+	if (ENABLE_MBOX)
+		check_agents(dot);
+	print(found ? "there is something to do: see above\n" : "nothing is wrong\n");
+	return found;
+}
+#endif
