@@ -54,11 +54,12 @@ def scram(secret, salt=b'almond tests....', rounds=4096):
     return 'SCRAM-SHA-256$%d:%s$%s:%s' % (rounds, *text)
 
 
-def sha512_crypt(secret):
+def unix_crypt(secret):
+    """As it stands in /etc/shadow, in a format that the build knows."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         import crypt
-    return crypt.crypt(secret, '$6$rounds=1000$almond$')
+    return crypt.crypt(secret, '$6$rounds=1000$almond$' if switches()['ENABLE_SHA_CRYPT'] else '$1$almond$')
 
 
 def plain(secret):
@@ -137,7 +138,7 @@ class Spool:
         own = ''.join(f'{name}:x:{OWNER}:{GROUP}::/:/bin/false\n' for name in secrets)
         (self.base / 'passwd').write_text(own + 'nobody:x:65534:65534::/:/bin/false\n')
         (self.base / 'shadow').write_text(''.join(
-            f'{name}:{sha512_crypt(secret)}:20000:0:99999:7:::\n'
+            f'{name}:{unix_crypt(secret)}:20000:0:99999:7:::\n'
             for name, secret in secrets.items()))
         return self
 
