@@ -67,7 +67,7 @@ static void check_maildir(int spool, const char *name)
 	for (i = 0; i < LEN(dirs); i++) {
 		l = (struct listing){ .fd = open_dir(dir, dirs[i]) };
 		if (l.fd < 0)
-			todo("%s/%s: %s; make it, or chown it to the user", name, dirs[i], reason(l.fd));
+			todo("%s/%s: %s; make or chown it", name, dirs[i], reason(l.fd));
 		while (l.fd >= 0 && (entry = next_name(&l))) {
 			if (fstatat(l.fd, entry, &st, AT_SYMLINK_NOFOLLOW) < 0 || !S_ISREG(st.st_mode)) {
 				odd++;
@@ -81,7 +81,7 @@ static void check_maildir(int spool, const char *name)
 	close(dir);
 	print("%s: Maildir, %u new, %u seen, %llu octets\n", name, count[0], count[1], (unsigned long long)octets);
 	if (odd)
-		todo("%u entries are no plain files and are not served; look at them", odd);
+		todo("%u entries are no plain files: not served; remove them", odd);
 }
 #endif
 
@@ -135,21 +135,21 @@ static void check_mbox(int spool, const char *name)
 	err = fd < 0 ? fd : fstat(fd, &st) < 0 ? -errno : scan(&s, fd, (uint64_t)st.st_size);
 	close(fd);
 	if (err) {
-		todo("%s: %s; try again, or make it readable for its user", name, reason(err));
+		todo("%s: %s; make it readable for its user", name, reason(err));
 		return;
 	}
 	print("%s: mbox, %llu messages, %llu octets\n", name, (unsigned long long)s.messages,
 	    (unsigned long long)st.st_size);
 	if (!s.messages && st.st_size)
-		todo("no message begins in it: no mbox, or damaged; restore it");
+		todo("no message begins in it: restore it");
 	if (s.junk)
-		todo("%llu octets in front of the first message are not served; look at them", (unsigned long long)s.junk);
+		todo("%llu octets in front of the first message: not served; look at them", (unsigned long long)s.junk);
 	if (s.nul)
-		todo("%llu NUL octets, as after a power cut; look at the mail around them", (unsigned long long)s.nul);
+		todo("%llu NUL octets, as after a power cut; look at them", (unsigned long long)s.nul);
 	if (s.open)
-		todo("the last line has no end: cut short, or being written; look at the last message");
+		todo("the last line has no end: look whether its mail is whole");
 	if (s.hidden)
-		todo("%llu separators behind no blank line: mail may hide in the mail before; put one in front",
+		todo("%llu separators behind no blank line: mail may hide there; put one in front",
 		    (unsigned long long)s.hidden);
 	if (s.shape)
 		print("  %llu lines \"From ...\" are taken for text (FROM_SHAPE)\n", (unsigned long long)s.shape);
@@ -193,7 +193,7 @@ static void check_lock(int spool, const char *name)
 	if (pid && (kill((pid_t)pid, 0) == 0 || errno == EPERM))
 		print("%s: held by process %llu\n", name, (unsigned long long)pid);
 	else
-		todo("%s: a lock of %s; remove it if it stays", name, pid ? "no living process" : "who knows whom");
+		todo("%s: a lock of %s; remove it if it stays", name, pid ? "no living process" : "unknown age");
 }
 
 static void check_box(int spool, const char *name)
@@ -209,7 +209,7 @@ static void check_box(int spool, const char *name)
 	if (fstatat(spool, name, &st, AT_SYMLINK_NOFOLLOW) < 0)
 		return;
 	if (name_fault(name) || (!S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)) || (S_ISREG(st.st_mode) && st.st_nlink > 1)) {
-		todo("%s: a link, no file, or no user's name: not served; move it away", name);
+		todo("%s: a link, no file, or no user's name: not served; remove it", name);
 		return;
 	}
 	if (st.st_uid == 0) {
@@ -236,7 +236,7 @@ static bool check_spool_mode(int spool)
 	    st.st_mode >> 9 & 7, st.st_mode >> 6 & 7, st.st_mode >> 3 & 7, st.st_mode & 7);
 	found |= fs_warning(spool) != NULL;
 	if ((st.st_mode & S_IWOTH) && !(st.st_mode & S_ISVTX))
-		todo("everybody may remove everybody's mail; chmod 1777 it, or better 2775 with group mail");
+		todo("everybody may remove everybody's mail; chmod +t it");
 	if (!(st.st_mode & (S_IWOTH | S_IWGRP)))
 		print("  only its owner can make mailboxes and dot-locks in it\n");
 	return st.st_mode & (S_IWOTH | S_IWGRP) || st.st_uid;
@@ -247,39 +247,38 @@ static bool check_spool_mode(int spool)
 #if ENABLE_MBOX
 /* As LOCK_ORDER names them. */
 enum { LOCK_FCNTL = 1, LOCK_DOT = 2, LOCK_FLOCK = 4 };
-enum { F = LOCK_FCNTL, D = LOCK_DOT, K = LOCK_FLOCK };
 static const uint8_t ours[] = { LOCK_ORDER };
 
-/* Where a program lies below /usr, and the locks that it takes where nobody told it otherwise. */
-static const struct agent { char path[23]; uint8_t locks; } agents[] = {
-	{ "lib/postfix/sbin/local", F | D }, { "libexec/postfix/local", F | D }, { "sbin/exim4", F | D },
-	{ "sbin/exim", F | D }, { "bin/procmail", F | D }, { "bin/maildrop", F | D }, { "sbin/dma", K },
-	{ "sbin/smtpd", D | K }, { "bin/fdm", K }, { "bin/mutt_dotlock", F | D }, { "sbin/dovecot", F | D }, { "bin/mpop", F },
-};
+/* The locks that a program takes where nobody told it otherwise, as the sum of their numbers, and where it lies below /usr. */
+static const char agents[] = "3lib/postfix/sbin/local\0" "3libexec/postfix/local\0" "3sbin/exim4\0" "3sbin/exim\0"
+    "3bin/procmail\0" "3bin/maildrop\0" "4sbin/dma\0" "6sbin/smtpd\0" "4bin/fdm\0" "3bin/mutt_dotlock\0"
+    "3sbin/dovecot\0" "1bin/mpop\0";
 
 static void print_locks(const char *who, unsigned locks)
 {
-	print("%s locks by%s%s%s\n", who, locks & F ? " fcntl" : "", locks & D ? " dot-lock" : "", locks & K ? " flock" : "");
+	print("%s locks by%s%s%s\n", who, locks & LOCK_FCNTL ? " fcntl" : "", locks & LOCK_DOT ? " dot-lock" : "", locks & LOCK_FLOCK ? " flock" : "");
 }
 
 static void check_agents(bool dot)
 {
-	unsigned mine = 0, i;
+	unsigned mine = 0, locks, i;
+	const char *p = agents;
 	char path[40];
 
 	for (i = 0; i < LEN(ours); i++)
 		mine |= ours[i];
 	if (!dot)
-		mine &= ~(unsigned)D;
+		mine &= ~(unsigned)LOCK_DOT;
 	print_locks("almond", mine);
-	for (i = 0; i < LEN(agents); i++) {
-		fmt(path, sizeof path, "/usr/%s", agents[i].path);
+	for (; *p; p += strlen(p) + 1) {
+		fmt(path, sizeof path, "/usr/%s", p + 1);
+		locks = *p & 7;
 		if (access(path, F_OK) < 0)
 			continue;
-		print_locks(path, agents[i].locks);
-		if (!(agents[i].locks & mine))
-			todo("it and almond do not see each other's locks: %s", dot ? "set its locks, or almond's LOCK_ORDER" :
-			    "let the mailboxes' group write the spool (chmod 2775), for dot-locks");
+		print_locks(path, locks);
+		if (!(locks & mine))
+			todo("no lock in common: %s", dot ? "set its locks, or LOCK_ORDER" :
+			    "chgrp mail and chmod 2775 the spool, for dot-locks");
 	}
 }
 #endif

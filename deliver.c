@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdio.h>              /* renameat alone */
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 
 /* fsync after each so many octets of a long message: then the dot-lock is touched often enough on slow flash too. */
 enum { PIECE = 1 << 20, MAX_SENDER = 320 };
@@ -51,7 +52,7 @@ static int read_mail(struct mail *m, const char *sender)
 		m->p = next;
 	}
 	if (m->p == m->end) {
-		log_line(L_ERROR, "no message on standard input: nothing to deliver");
+		log_line(L_ERROR, "no message on standard input");
 		return EX_DATA;
 	}
 	set_sender(m, sender, sender ? strlen(sender) : 0);
@@ -91,7 +92,7 @@ static void put(struct out *o, const char *p, size_t n)
 
 static int refuse(const char *box, const char *what)
 {
-	log_line(L_ERROR, "mailbox %s is %s: not delivered; look at it, then remove or chown it", box, what);
+	log_line(L_ERROR, "mailbox %s is %s: not delivered; remove or chown it", box, what);
 	return REFUSED;
 }
 
@@ -104,8 +105,10 @@ static void put_separator(struct out *o, const char *sender)
 {
 	static const char days[] = "Thu\0Fri\0Sat\0Sun\0Mon\0Tue\0Wed", months[] =
 	    "Mar\0Apr\0May\0Jun\0Jul\0Aug\0Sep\0Oct\0Nov\0Dec\0Jan\0Feb";
-	uint32_t t = (uint32_t)(wall_clock() / 1000), z = t / 86400, s = t % 86400, day, year, month;
-	char line[MAX_SEPARATOR];
+	uint32_t s = (uint32_t)(wall_clock() / 1000), z = s / 86400, day, year, month;
+	static const uint8_t radix[] = { 10, 10, 1, 6, 10, 1, 6, 10 };
+	char line[MAX_SEPARATOR], clock[] = "00:00:00";
+	size_t i = sizeof radix;
 
 	day = (z + 719468) % 146097;
 	year = (day - day / 1460 + day / 36524 - day / 146096) / 365;
@@ -113,9 +116,10 @@ static void put_separator(struct out *o, const char *sender)
 	month = (5 * day + 2) / 153;
 	day -= (153 * month + 2) / 5;
 	year += (z + 719468) / 146097 * 400 + (month > 9);
-	put(o, line, fmt(line, sizeof line, "From %s %s %s %s%u %u%u:%u%u:%u%u %u\n", sender,
-	    days + z % 7 * 4, months + month * 4, day < 9 ? " " : "", day + 1, s / 36000, s / 3600 % 10,
-	    s / 600 % 6, s / 60 % 10, s / 10 % 6, s % 10, year));
+	for (s %= 86400; i--; s /= radix[i])
+		clock[i] = (char)(clock[i] | (char)(s % radix[i]));
+	put(o, line, fmt(line, sizeof line, "From %s %s %s %s%u %s %u\n", sender, days + z % 7 * 4,
+	    months + month * 4, day < 9 ? " " : "", day + 1, clock, year));
 }
 
 /* A separator counts behind a blank line only: add what the mailbox's end lacks of one. */
@@ -182,7 +186,7 @@ static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 	if (!o.err && fsync(fd) < 0)
 		o.err = -errno;
 	if (o.err && (ftruncate(fd, size) < 0 || fsync(fd) < 0))
-		log_line(L_ERROR, "a part of a message stays at the mailbox's end: %s", reason(errno));
+		log_line(L_ERROR, "part of a message stays behind: %s", reason(errno));
 	return o.err;
 }
 
@@ -255,16 +259,18 @@ static int to_mbox(int spool, const char *box, const struct mail *m)
 /* Seconds first, which are the order of delivery; the rest is unlike every other name, whatever the clock says. */
 static void name_it(char *to, size_t room)
 {
-	char host[65] = "localhost", *p;
 	uint64_t t = wall_clock(), r = 0;
+	struct utsname u;
+	char *p;
 
-	gethostname(host, sizeof host - 1);
-	for (p = host; *p; p++)
+	if (uname(&u) < 0)
+		*u.nodename = 0;
+	for (p = u.nodename; *p; p++)
 		if (*p == '/' || *p == ':')
 			*p = '_';
 	random_bytes(&r, sizeof r);
 	fmt(to, room, "%llu.M%u000P%dR%llx.%s", (unsigned long long)(t / 1000), (unsigned)(t % 1000),
-	    (int)getpid(), (unsigned long long)r, host);
+	    (int)getpid(), (unsigned long long)r, u.nodename);
 }
 
 static int open_dir(int dir, const char *name)
@@ -315,7 +321,7 @@ static int to_maildir(int spool, const char *box, const struct mail *m, bool the
 	mkdirat(dir, "tmp", 0700);
 	tmp = open_dir(dir, "tmp");
 	if (fstat(dir, &st) < 0 || st.st_uid != geteuid() || new < 0 || tmp < 0)
-		return refuse(box, "no Maildir of this user, with new, cur and tmp");
+		return refuse(box, "no whole Maildir of this user");
 	return write_maildir(tmp, new, m);
 }
 #endif
@@ -362,8 +368,8 @@ static int become_user(const char *name, int spool, struct account *who)
 	if (!err)
 		err = become(who->uid, who->gid);
 	if (err)
-		log_line(L_ERROR, "%s: %s", name, geteuid() ? "only root may deliver to another user" :
-		    "the mail would be root's; alias it to a user, or chown the mailbox or the spool to one");
+		log_line(L_ERROR, "%s: %s", name, geteuid() ? "only root delivers to others" :
+		    "the mail would be root's; alias it, or chown the mailbox or the spool to a user");
 	return err ? EX_PERM : 0;
 }
 
@@ -394,7 +400,7 @@ int tool_deliver(const struct wish *w)
 	tool_conf(w);
 	fault = name_fault(w->operand);
 	if (fault) {
-		log_line(L_ERROR, "%s; give the user's name alone", fault);
+		log_line(L_ERROR, "%s", fault);
 		return EX_NOUSER_;
 	}
 	spool = open_at(AT_FDCWD, conf.spool, O_RDONLY | O_DIRECTORY);

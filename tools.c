@@ -66,18 +66,29 @@ const char *fs_warning(int fd)
 	return NULL;
 }
 
-static int check_spool(void)
+/* Open what the configuration names.  A descriptor; or what is wrong is said, with what to do where it is not a matter of
+ * rights, and it is minus the exit code. */
+static int need(const char *path, int flags, const char *advice)
 {
-	int fd = open_at(AT_FDCWD, conf.spool, O_RDONLY | O_DIRECTORY);
-	const char *warning;
+	int fd = open_at(AT_FDCWD, path, flags | O_NONBLOCK);
 	struct stat st;
 
-	/* "." is looked up in it: only who may search it gets an answer */
-	if (fd < 0 || fstatat(fd, ".", &st, 0) < 0) {
-		log_line(L_ERROR, "spool %s: %s; %s", conf.spool, reason(errno), errno == EACCES ?
-		    "run as root, or as who may read it" : "make the directory, or name another with -d");
-		return errno == EACCES ? EX_PERM : EX_CONF;
-	}
+	/* "." is looked up in a directory: only who may search it gets an answer */
+	if (fd >= 0 && flags & O_DIRECTORY && fstatat(fd, ".", &st, 0) < 0)
+		fd = -errno;
+	if (fd >= 0)
+		return fd;
+	log_line(L_ERROR, "%s: %s; %s", path, reason(fd), fd == -EACCES ? "run as root or its owner" : advice);
+	return fd == -EACCES ? -EX_PERM : -EX_CONF;
+}
+
+static int check_spool(void)
+{
+	int fd = need(conf.spool, O_RDONLY | O_DIRECTORY, "make the directory, or name another with -d");
+	const char *warning;
+
+	if (fd < 0)
+		return -fd;
 	warning = fs_warning(fd);
 	if (warning)
 		log_line(L_WARN, "spool %s %s", conf.spool, warning);
@@ -122,21 +133,18 @@ static int check_owners(int fd)
 
 static int check_users(void)
 {
-	int fd = open_at(AT_FDCWD, conf.users, O_RDONLY | O_NONBLOCK), code = 0, n;
+	int fd = need(conf.users, O_RDONLY, "`almond passwd -u FILE USER` makes it"), code = 0, n;
 	struct stat st;
 	unsigned faults;
 
-	if (fd < 0 || fstat(fd, &st) < 0) {
-		log_line(L_ERROR, "users file %s: %s; %s", conf.users, reason(errno), errno == EACCES ?
-		    "run as root, or as its owner" : "`almond passwd -u FILE USER` makes it");
-		return errno == EACCES ? EX_PERM : EX_CONF;
-	}
-	if (st.st_mode & (S_IWGRP | S_IRWXO))
-		log_line(L_WARN, "users file %s: others may %s it; chmod 600 it", conf.users,
+	if (fd < 0)
+		return -fd;
+	if (fstat(fd, &st) == 0 && st.st_mode & (S_IWGRP | S_IRWXO))
+		log_line(L_WARN, "%s: others may %s it; chmod 600 it", conf.users,
 		    st.st_mode & (S_IWGRP | S_IWOTH) ? "change" : "read");
 	n = users_check(conf.users, &faults);
 	if (n == 0)
-		log_line(L_WARN, "users file %s: no account; `almond passwd USER` adds one", conf.users);
+		log_line(L_WARN, "%s: no account; `almond passwd USER` adds one", conf.users);
 	if (geteuid() == 0)
 		code = check_owners(fd);
 	close(fd);
@@ -145,13 +153,10 @@ static int check_users(void)
 
 static int check_shadow(void)
 {
-	int fd = open_at(AT_FDCWD, "/etc/shadow", O_RDONLY);
+	int fd = need("/etc/shadow", O_RDONLY, "use a users file (-u)");
 
-	if (fd < 0) {
-		log_line(L_ERROR, "/etc/shadow: %s; -s needs it: %s", reason(errno), errno == EACCES ?
-		    "run as root" : "use a users file (-u)");
-		return errno == EACCES ? EX_PERM : EX_CONF;
-	}
+	if (fd < 0)
+		return -fd;
 	close(fd);
 	return 0;
 }
@@ -269,8 +274,8 @@ static const struct tool {
 #if ENABLE_PASSWD
 	{ "passwd", "sgpdcr:u:", tool_passwd, "[-s | -g] [-p] [-r ROUNDS] [-u FILE] USER[/MAILBOX]\n"
 	    "       almond passwd -d | -c [-s] [-u FILE] USER\n"
-	    "-s  password from standard input; -g  make one up; -p  store it readable, for APOP\n"
-	    "-d  delete the user; -c  check a password; -u  not " USERS_FILE "\n" },
+	    "-s: password from stdin; -g: make one up; -p: store it readable, for APOP\n"
+	    "-d: delete the user; -c: check a password\n" },
 #endif
 #if ENABLE_DELIVER
 	{ "deliver", "d:u:f:", tool_deliver, "[-d SPOOL] [-u USERS] [-f SENDER] USER <MESSAGE\n" },
