@@ -327,6 +327,7 @@ struct vault {
 /* Open for reading, not following a link, not waiting for a FIFO's other end, leaving the access time as it is where we own
  * the file.  A descriptor, or -errno. */
 int open_quiet(int dir, const char *path);
+bool hollow(const struct stat *);       /* more than MAX_HOLE of the file is not on the disk */
 /* Look at SPOOL/box and take the snapshot; symbolic links, hard links, foreign owners and what is neither file nor Maildir are
  * refused with -EPERM and a log line.  No mailbox is success, and empty. */
 int vault_open(struct vault *);

@@ -142,6 +142,9 @@
 #ifndef MAX_MESSAGES            /* in a mailbox; a fuller one is refused, not cut.  32 bytes each */
 #define MAX_MESSAGES 1000000
 #endif
+#ifndef MAX_HOLE                /* octets of a file that are not on the disk: a sparse terabyte is an attack, or damage */
+#define MAX_HOLE (16LL << 30)
+#endif
 #ifndef MAX_LISTEN              /* sockets to listen on (-l) */
 #define MAX_LISTEN 8
 #endif

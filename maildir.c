@@ -273,7 +273,7 @@ int maildir_fetch(struct vault *v, uint32_t number)
 		return -EINVAL;
 	while (tries-- && path_of(number, path, sizeof path)) {
 		fd = open_quiet(v->fd, path);
-		if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
+		if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && !hollow(&st))
 			return fd;
 		if (fd >= 0)
 			close(fd);

@@ -373,6 +373,11 @@ int open_quiet(int dir, const char *path)
 	return fd == -EPERM ? open_at(dir, path, flags) : fd;
 }
 
+bool hollow(const struct stat *st)
+{
+	return st->st_size - (int64_t)st->st_blocks * 512 > MAX_HOLE;
+}
+
 static int vault_refuse(const struct vault *v, const char *why)
 {
 	log_line(L_ERROR, "mailbox %s refused: %s; see `almond check`", v->box, why);
@@ -423,6 +428,8 @@ int vault_open(struct vault *v)
 		return vault_refuse(v, "no file");
 	if (st.st_nlink != 1)
 		return vault_refuse(v, "a second hard link");
+	if (hollow(&st))
+		return vault_refuse(v, "far larger than what is on the disk");
 	return vault_mbox(v);
 }
 
