@@ -337,11 +337,14 @@ def test_into_the_background(filled):
                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, timeout=SECONDS)
     text = lambda: (filled.base / 'log').read_text()
     assert r.returncode == 0, text()
-    with connecting(port) as pop:
-        session(pop)
-    pid = int(re.search(r'almond\[(\d+)\]: started', text())[1])
-    os.kill(pid, signal.SIGTERM)
     pause = threading.Event()
+    while 'started' not in text():
+        pause.wait(0.05)
+    try:
+        with connecting(port) as pop:
+            session(pop)
+    finally:
+        os.kill(int(re.search(r'almond\[(\d+)\]: started', text())[1]), signal.SIGTERM)
     while 'stopped' not in text():
         pause.wait(0.05)
 
