@@ -89,7 +89,7 @@
 #define LOCK_ORDER LOCK_FCNTL, LOCK_DOT, LOCK_FLOCK
 #endif
 
-/* Defaults of -d, -u and -U, and the directory (on tmpfs) for what need not outlive a reboot. */
+/* Defaults of -d, -u and -U, and the directory (on tmpfs) that sessions started by root have for their empty root. */
 #ifndef SPOOL_DIR
 #define SPOOL_DIR "/var/mail"
 #endif

@@ -142,6 +142,33 @@ static int lock_try(struct lock *l, struct watch *w)
 	return err;
 }
 
+static bool dot_held(const struct lock *l)
+{
+	struct stat st;
+
+	return has(LOCK_DOT) && fstatat(l->dir, l->file, &st, AT_SYMLINK_NOFOLLOW) == 0;
+}
+
+/* A dot-lock cannot be made without a write, so it is looked for before and after: one who locked in between either still
+ * holds it, or has changed what the second fstat sees. */
+static int snapshot_try(struct lock *l, struct stat *st, struct watch *w)
+{
+	struct stat before;
+	int err = has(LOCK_FCNTL) ? lock_fcntl(l->fd, F_RDLCK) : 0;
+
+	if (!err && has(LOCK_FLOCK))
+		err = lock_flock(l->fd, LOCK_SH);
+	if (!err && dot_held(l)) {
+		dot_watch(w, l->dir, l->file);
+		err = -EBUSY;
+	}
+	if (!err && (fstat(l->fd, &before) < 0 || dot_held(l) || fstat(l->fd, st) < 0 || before.st_size != st->st_size))
+		err = -EBUSY;
+	l->held = true;
+	lock_drop(l);
+	return err;
+}
+
 static bool again(int err)
 {
 	return err == -EAGAIN || err == -EACCES || err == -EBUSY;
@@ -160,19 +187,30 @@ static bool wait_more(unsigned *pause, uint64_t end)
 	return true;
 }
 
-int lock_take(struct lock *l, int dir, const char *box, int fd)
+/* Try until it works, fails for good, or LOCK_WAIT is over; st is NULL for a lock to hold. */
+static int lock_wait(struct lock *l, struct stat *st)
 {
-	uint64_t end = now() + LOCK_WAIT;
 	struct watch w = { .since = 0 };
+	uint64_t end = now() + LOCK_WAIT;
 	unsigned pause = 5;
 	int err;
 
-	*l = (struct lock){ .dir = dir, .fd = fd, .dot = -1 };
-	fmt(l->file, sizeof l->file, "%s.lock", box);
 	do
-		err = lock_try(l, &w);
+		err = st ? snapshot_try(l, st, &w) : lock_try(l, &w);
 	while (again(err) && wait_more(&pause, end));
 	return again(err) ? -EBUSY : err;
+}
+
+static void lock_name(struct lock *l, int dir, const char *box, int fd)
+{
+	*l = (struct lock){ .dir = dir, .fd = fd, .dot = -1 };
+	fmt(l->file, sizeof l->file, "%s.lock", box);
+}
+
+int lock_take(struct lock *l, int dir, const char *box, int fd)
+{
+	lock_name(l, dir, box, fd);
+	return lock_wait(l, NULL);
 }
 
 /* Others break a dot-lock that nobody touches (maildrop: after 60 s). */
@@ -200,61 +238,22 @@ void lock_drop(struct lock *l)
 	l->dot = -1;
 }
 
-static bool dot_held(int dir, const char *file)
-{
-	struct stat st;
-
-	return has(LOCK_DOT) && fstatat(dir, file, &st, AT_SYMLINK_NOFOLLOW) == 0;
-}
-
-/* A dot-lock cannot be made without a write, so it is looked for before and after: one who locked in between either still
- * holds it, or has changed what the second fstat sees. */
-static int snapshot_try(int dir, const char *file, int fd, struct stat *st, struct watch *w)
-{
-	struct stat before;
-	int err = has(LOCK_FCNTL) ? lock_fcntl(fd, F_RDLCK) : 0;
-
-	if (!err && has(LOCK_FLOCK))
-		err = lock_flock(fd, LOCK_SH);
-	if (!err && dot_held(dir, file)) {
-		dot_watch(w, dir, file);
-		err = -EBUSY;
-	}
-	if (!err && (fstat(fd, &before) < 0 || dot_held(dir, file) || fstat(fd, st) < 0 ||
-	    before.st_size != st->st_size))
-		err = -EBUSY;
-	if (has(LOCK_FLOCK))
-		flock(fd, LOCK_UN);
-	if (has(LOCK_FCNTL))
-		lock_fcntl(fd, F_UNLCK);
-	return err;
-}
-
 int lock_snapshot(int dir, const char *box, int fd, struct stat *st)
 {
-	uint64_t end = now() + LOCK_WAIT;
-	struct watch w = { .since = 0 };
-	char file[MAX_NAME + 6];
-	unsigned pause = 5;
-	int err;
+	struct lock l;
 
-	fmt(file, sizeof file, "%s.lock", box);
-	do
-		err = snapshot_try(dir, file, fd, st, &w);
-	while (again(err) && wait_more(&pause, end));
-	return again(err) ? -EBUSY : err;
+	lock_name(&l, dir, box, fd);
+	return lock_wait(&l, st);
 }
 #endif
 
-/* ---- the lock of a session: a listening socket ---- */
+/* ---- the lock of a session: a listening socket in the abstract name space ---- */
 
-/* Its address: in RUN_DIR where only root may write there (0700), else in the abstract name space, where anybody may take a name
- * first: then the holder's uid is looked at. */
+/* It leaves nothing behind, whoever dies how.  Anybody may take the name first, so the holder's uid is looked at; one who does
+ * takes the comfort of [IN-USE] away, no more: a commit is safe by the delivery lock and by what it checks. */
 static socklen_t session_address(struct sockaddr_un *a, const struct stat *spool, const char *box)
 {
-	struct stat st;
 	struct sum sum;
-	size_t n = 0;
 
 	sum_init(&sum);
 	sum_add(&sum, &spool->st_dev, sizeof spool->st_dev);
@@ -262,12 +261,8 @@ static socklen_t session_address(struct sockaddr_un *a, const struct stat *spool
 	sum_add(&sum, box, strlen(box));
 	memset(a, 0, sizeof *a);
 	a->sun_family = AF_UNIX;
-	if (geteuid() == 0 && (mkdir(RUN_DIR, 0700) == 0 || errno == EEXIST) && lstat(RUN_DIR, &st) == 0 &&
-	    S_ISDIR(st.st_mode) && st.st_uid == 0 && !(st.st_mode & 077))
-		n = fmt(a->sun_path, sizeof a->sun_path, RUN_DIR "/%llx", (unsigned long long)sum_end(&sum));
-	else
-		n = 1 + fmt(a->sun_path + 1, sizeof a->sun_path - 1, "almond/%llx", (unsigned long long)sum_end(&sum));
-	return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n);
+	return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 +
+	    fmt(a->sun_path + 1, sizeof a->sun_path - 1, "almond/%llx", (unsigned long long)sum_end(&sum)));
 }
 
 static bool peer_is(int fd, uid_t uid)
@@ -278,69 +273,34 @@ static bool peer_is(int fd, uid_t uid)
 	return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &c, &n) == 0 && (c.uid == 0 || c.uid == uid || c.uid == geteuid());
 }
 
-static int session_dial(const struct sockaddr_un *a, socklen_t n)
+/* Ask the holder to give way.  0: it did, or is gone; -EBUSY: it will not, or is committing; -EPERM: it is none of us. */
+static int session_ask(const struct sockaddr_un *a, socklen_t n, uid_t uid)
 {
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), err;
-
-	if (fd < 0 || connect(fd, (const struct sockaddr *)a, n) == 0)
-		return fd < 0 ? -errno : fd;
-	err = -errno;
-	close(fd);
-	return err;
-}
-
-/* Ask the holder to give way.  0: it did; -EBUSY: it will not, or is committing; -EPERM: it is none of us. */
-static int session_ask(int fd, uid_t uid)
-{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), err = -EPERM;
 	struct pollfd p = { .fd = fd, .events = POLLIN };
-	int err = -EPERM;
 	char c;
 
-	if (peer_is(fd, uid))
+	if (connect(fd, (const struct sockaddr *)a, n) < 0)
+		err = errno == EAGAIN ? -EBUSY : 0;
+	else if (peer_is(fd, uid))
 		err = poll(&p, 1, 2000) == 1 && read(fd, &c, 1) == 0 ? 0 : -EBUSY;
 	close(fd);
 	return err;
 }
 
-static int session_listen(int fd, const struct sockaddr_un *a, socklen_t n)
-{
-	return bind(fd, (const struct sockaddr *)a, n) < 0 || listen(fd, 4) < 0 ? -errno : 0;
-}
-
-/* Listen, or reach who does: *holder.  What a dead one left in RUN_DIR is removed, under a guard, since one who has bound but
- * does not listen yet looks just as dead. */
-static int session_try(int fd, const struct sockaddr_un *a, socklen_t n, int *holder)
-{
-	int guard = *a->sun_path ? open_at(AT_FDCWD, RUN_DIR, O_RDONLY | O_DIRECTORY) : -1, err;
-
-	if (guard >= 0)
-		flock(guard, LOCK_EX);
-	err = session_listen(fd, a, n);
-	*holder = err == -EADDRINUSE ? session_dial(a, n) : -1;
-	if (*holder == -ECONNREFUSED && guard >= 0 && unlink(a->sun_path) == 0)
-		err = session_listen(fd, a, n);
-	if (guard >= 0)
-		close(guard);
-	return err;
-}
-
 int session_lock(const struct stat *spool, const char *box, uid_t uid)
 {
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), holder = -1, err, tries = 3;
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), err = 0, tries = 3;
 	struct sockaddr_un a;
 	socklen_t n = session_address(&a, spool, box);
 
-	do {
-		err = fd < 0 ? -errno : session_try(fd, &a, n, &holder);
-		if (!err)
-			return fd;
-		if (err == -EADDRINUSE)
-			err = holder < 0 ? 0 : session_ask(holder, uid);
-	} while (!err && tries--);
-	if (fd >= 0)
-		close(fd);
-	if (!err || err == -EBUSY)
-		return -EBUSY;
+	while (!err && bind(fd, (struct sockaddr *)&a, n) < 0)
+		err = errno != EADDRINUSE ? -errno : tries-- ? session_ask(&a, n, uid) : -EBUSY;
+	if (!err && listen(fd, 4) == 0)
+		return fd;
+	close(fd);
+	if (err == -EBUSY)
+		return err;
 	log_line(L_WARN, "lock: no session lock for %s: %s; going on without", box,
 	    err == -EPERM ? "another program took its name" : reason(err));
 	return -ENOLCK;

@@ -184,12 +184,8 @@ static void answer_hello(struct answer *a)
 {
 	struct hello *h = &a->u.hello;
 	struct utsname u;
-	char *p;
 
 	fmt(h->host, sizeof h->host, "%s", uname(&u) == 0 && *u.nodename ? u.nodename : "localhost");
-	for (p = h->host; *p; p++)
-		if (*p <= ' ' || *p > '~' || *p == '<' || *p == '>')
-			*p = '-';
 	make_stamp(h->host);
 	memcpy(h->stamp, m.stamp, sizeof m.stamp);
 	h->clear = m.clear;
