@@ -50,7 +50,7 @@ SMALL = -Oz -flto -fomit-frame-pointer -fno-asynchronous-unwind-tables -fno-unwi
 ifneq ($(findstring x86_64,$(shell $(MUSLCC) -dumpmachine 2>/dev/null)),)
 SMALL_X86 = -mno-sse
 endif
-SMALL_LD = -static -no-pie -s -flto -flto-partition=one -Wl,--gc-sections,--build-id=none,-z,noseparate-code,-z,norelro,-z,common-page-size=1024,--hash-style=gnu,-O1
+SMALL_LD = -static -no-pie -s -flto -flto-partition=one -Wl,--gc-sections,--build-id=none,-z,noseparate-code,-z,norelro,-z,common-page-size=256,--hash-style=gnu,-O1
 
 # The tests' build waits less; FAIL_DELAY and the like are in milliseconds.
 TEST_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=3000 -DLOCK_STALE=1500 -DPASSWD_TIME=5 \

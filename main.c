@@ -93,10 +93,10 @@ static int session_user(void)
 /* ---- addresses: all as IPv6, IPv4 mapped into it ---- */
 
 struct net { uint8_t addr[16]; unsigned bits; };
-static struct net nets[MAX_NETS] = {
-	{ .addr = { [10] = 0xFF, [11] = 0xFF, [12] = 127 }, .bits = 104 }, { .addr = { [15] = 1 }, .bits = 128 },
-};
-static unsigned net_count = 2;
+static const struct net loopback4 = { .addr = { [10] = 0xFF, [11] = 0xFF, [12] = 127 }, .bits = 104 },
+	loopback6 = { .addr = { [15] = 1 }, .bits = 128 };
+static struct net nets[MAX_NETS];
+static unsigned net_count;
 
 static void map_v4(uint8_t to[16], const void *v4)
 {
@@ -184,6 +184,11 @@ static bool in_net(const uint8_t a[16], const struct net *n)
 	return !memcmp(a, n->addr, whole) && (!rest || (a[whole] ^ n->addr[whole]) >> (8 - rest) == 0);
 }
 
+static bool is_loopback(const uint8_t a[16])
+{
+	return in_net(a, &loopback4) || in_net(a, &loopback6);
+}
+
 static bool peer_address(int fd, uint8_t to[16])
 {
 	struct sockaddr_storage s;
@@ -216,7 +221,7 @@ bool peer_trusted(int fd, char *addr)
 	for (i = 0; i < net_count; i++)
 		if (in_net(a, &nets[i]))
 			return true;
-	return false;
+	return is_loopback(a);
 }
 
 /* ---- sockets that we were started with ---- */
@@ -306,7 +311,7 @@ static unsigned from_same(const uint8_t addr[16])
 		;
 	if (i < 10)
 		n.bits = 64;
-	if (in_net(addr, &nets[0]) || in_net(addr, &nets[1]))
+	if (is_loopback(addr))
 		return 0;
 	for (i = 0; i < MAX_SESSIONS; i++)
 		k += slots[i].pid && in_net(slots[i].addr, &n);

@@ -164,7 +164,7 @@ static struct {
 	bool clear;
 	const char *method;
 	char addr[48], stamp[96];
-} m = { .lock = -ENOLCK, .vault.fd = -1, .method = "none" };
+} m;
 
 /* RFC 1939, section 7.  Letters and digits: mpop refuses '='. */
 static void make_stamp(const char *host)
@@ -674,6 +674,7 @@ int monitor(int in, int out)
 	if (page == MAP_FAILED)
 		return EX_OS;
 	m.since = now();
+	m.lock = -ENOLCK;
 	m.clear = peer_trusted(in, m.addr);
 	err = run(in, out);
 	ended();
