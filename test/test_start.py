@@ -362,7 +362,28 @@ class TestSignals:
         server.stop()
         pop.closed()
         assert filled.picture() == before
-        assert 'why=stopped' in server.log()
+        if SWITCHES['ENABLE_PRIVSEP']:          # without a monitor nobody is left to say so
+            assert 'why=stopped' in server.log()
+
+    @pytest.mark.skipif(not SWITCHES['ENABLE_MBOX'], reason='a matter of mboxes')
+    def test_term_lets_an_update_finish(self, spool):
+        """TERM while a large mbox is moved: the session finishes, the client hears of it, nothing is torn."""
+        spool.users(user='secret')
+        mails = [b'Subject: %d\n\n' % i + b'%063d\n' % i * 500_000 for i in range(4)]
+        spool.mails('user', mails)
+        want = spool.mails('expected', mails[1:]).read_bytes()
+        server = Server(spool)
+        pop = server.pop('user')
+        pop.ok('DELE 1')
+        pop.send('QUIT\r\n')
+        lock, before = spool.path / 'user.lock', os.stat(spool.path / 'user').st_mtime_ns
+        pause = threading.Event()
+        while not lock.exists() and os.stat(spool.path / 'user').st_mtime_ns == before:
+            pause.wait(0.001)
+        server.stop()
+        assert spool.read('user') == want
+        assert pop.line().startswith('+OK')
+        pop.closed()
 
     def test_int_is_term(self, filled):
         server = Server(filled)
