@@ -1,5 +1,5 @@
-/* check.c: owns `almond check`: looks the installation over and says what to do; it changes nothing.  Runs as whoever calls it; a
- * mailbox is read as its owner. */
+/* check.c: owns `almond check`: looks the installation over and says what to do; it changes
+ * nothing.  Runs as whoever calls it; a mailbox is read as its owner. */
 #include "almond.h"
 #include "tools.h"
 
@@ -26,7 +26,13 @@ static void todo(const char *format, ...)
 /* ---- directories ---- */
 
 /* The kernel's directory entry; libc's opendir wants malloc. */
-struct dirent_head { uint64_t inode; int64_t next; unsigned short size; unsigned char type; char name[]; };
+struct dirent_head {
+	uint64_t inode;
+	int64_t next;
+	unsigned short size;
+	unsigned char type;
+	char name[];
+};
 struct listing { int fd; long at, len; _Alignas(8) char buffer[4096]; };
 
 static const char *next_name(struct listing *l)
@@ -53,14 +59,13 @@ static int open_dir(int dir, const char *name)
 
 /* ---- one mailbox ---- */
 
-#if ENABLE_MAILDIR
 static void check_maildir(int spool, const char *name)
 {
 	static const char dirs[][4] = { "new", "cur", "tmp" };
 	struct listing l = { .at = 0 };
 	unsigned count[3] = { 0, 0, 0 }, odd = 0, i;
 	int dir = open_dir(spool, name);
-	uint64_t octets = 0;
+	unsigned long long octets = 0;
 	const char *entry;
 	struct stat st;
 
@@ -69,25 +74,25 @@ static void check_maildir(int spool, const char *name)
 		if (l.fd < 0)
 			todo("%s/%s: %s; make or chown it", name, dirs[i], reason(l.fd));
 		while (l.fd >= 0 && (entry = next_name(&l))) {
-			if (fstatat(l.fd, entry, &st, AT_SYMLINK_NOFOLLOW) < 0 || !S_ISREG(st.st_mode)) {
+			if (fstatat(l.fd, entry, &st, AT_SYMLINK_NOFOLLOW) < 0 ||
+			    !S_ISREG(st.st_mode)) {
 				odd++;
 				continue;
 			}
-			octets += i < 2 ? (uint64_t)st.st_size : 0;
+			octets += i < 2 ? (unsigned long long)st.st_size : 0;
 			count[i]++;
 		}
 		close(l.fd);
 	}
 	close(dir);
-	print("%s: Maildir, %u new, %u seen, %llu octets\n", name, count[0], count[1], (unsigned long long)octets);
+	print("%s: Maildir, %u new, %u seen, %llu octets\n", name, count[0], count[1], octets);
 	if (odd)
 		todo("%u entries are no plain files: not served; remove them", odd);
 }
-#endif
 
-#if ENABLE_MBOX
-/* What a scan counts.  hidden: separators behind no blank line; shape: "From " lines behind one that are no separators. */
-struct scan { uint64_t messages, junk, nul, hidden, shape; bool open; };
+/* What a scan counts.  hidden: separators behind no blank line; shape: "From " lines behind one
+ * that are no separators. */
+struct scan { unsigned long long messages, junk, nul, hidden, shape; bool open; };
 
 static uint64_t count_nul(const char *p, size_t n)
 {
@@ -138,23 +143,22 @@ static void check_mbox(int spool, const char *name)
 		todo("%s: %s; make it readable for its user", name, reason(err));
 		return;
 	}
-	print("%s: mbox, %llu messages, %llu octets\n", name, (unsigned long long)s.messages,
+	print("%s: mbox, %llu messages, %llu octets\n", name, s.messages,
 	    (unsigned long long)st.st_size);
 	if (!s.messages && st.st_size)
 		todo("no message begins in it: restore it");
 	if (s.junk)
-		todo("%llu octets in front of the first message: not served; look at them", (unsigned long long)s.junk);
+		todo("%llu octets in front of the first message: not served; look at them", s.junk);
 	if (s.nul)
-		todo("%llu NUL octets, as after a power cut; look at them", (unsigned long long)s.nul);
+		todo("%llu NUL octets, as after a power cut; look at them", s.nul);
 	if (s.open)
 		todo("the last line has no end: look whether its mail is whole");
 	if (s.hidden)
 		todo("%llu separators behind no blank line: mail may hide there; put one in front",
-		    (unsigned long long)s.hidden);
+		    s.hidden);
 	if (s.shape)
-		print("  %llu lines \"From ...\" are taken for text (FROM_SHAPE)\n", (unsigned long long)s.shape);
+		print("  %llu lines \"From ...\" are taken for text (FROM_SHAPE)\n", s.shape);
 }
-#endif
 
 /* As the owner, in a process of its own where we are root: no root process reads mail. */
 static void read_as_owner(int spool, const char *name, const struct stat *st)
@@ -193,7 +197,8 @@ static void check_lock(int spool, const char *name)
 	if (pid && (kill((pid_t)pid, 0) == 0 || errno == EPERM))
 		print("%s: held by process %llu\n", name, (unsigned long long)pid);
 	else
-		todo("%s: a lock of %s; remove it if it stays", name, pid ? "no living process" : "unknown age");
+		todo("%s: a lock of %s; remove it if it stays", name,
+		    pid ? "no living process" : "unknown age");
 }
 
 static void check_box(int spool, const char *name)
@@ -208,7 +213,8 @@ static void check_box(int spool, const char *name)
 	}
 	if (fstatat(spool, name, &st, AT_SYMLINK_NOFOLLOW) < 0)
 		return;
-	if (name_fault(name) || (!S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)) || (S_ISREG(st.st_mode) && st.st_nlink > 1)) {
+	if (name_fault(name) ||
+	    !(S_ISDIR(st.st_mode) || (S_ISREG(st.st_mode) && st.st_nlink == 1))) {
 		todo("%s: a link, no file, or no user's name: not served; remove it", name);
 		return;
 	}
@@ -244,19 +250,20 @@ static bool check_spool_mode(int spool)
 
 /* ---- who else locks, and how ---- */
 
-#if ENABLE_MBOX
 /* As LOCK_ORDER names them. */
 enum { LOCK_FCNTL = 1, LOCK_DOT = 2, LOCK_FLOCK = 4 };
 static const uint8_t ours[] = { LOCK_ORDER };
 
-/* The locks that a program takes where nobody told it otherwise, as the sum of their numbers, and where it lies below /usr. */
-static const char agents[] = "3lib/postfix/sbin/local\0" "3libexec/postfix/local\0" "3sbin/exim4\0" "3sbin/exim\0"
-    "3bin/procmail\0" "3bin/maildrop\0" "4sbin/dma\0" "6sbin/smtpd\0" "4bin/fdm\0" "3bin/mutt_dotlock\0"
-    "3sbin/dovecot\0" "1bin/mpop\0";
+/* The locks that a program takes where nobody told it otherwise, as the sum of their numbers, and
+ * where it lies below /usr. */
+static const char agents[] = "3lib/postfix/sbin/local\0" "3libexec/postfix/local\0" "3sbin/exim4\0"
+	"3sbin/exim\0" "3bin/procmail\0" "3bin/maildrop\0" "4sbin/dma\0" "6sbin/smtpd\0"
+	"4bin/fdm\0" "3bin/mutt_dotlock\0" "3sbin/dovecot\0" "1bin/mpop\0";
 
 static void print_locks(const char *who, unsigned locks)
 {
-	print("%s locks by%s%s%s\n", who, locks & LOCK_FCNTL ? " fcntl" : "", locks & LOCK_DOT ? " dot-lock" : "", locks & LOCK_FLOCK ? " flock" : "");
+	print("%s locks by%s%s%s\n", who, locks & LOCK_FCNTL ? " fcntl" : "",
+	    locks & LOCK_DOT ? " dot-lock" : "", locks & LOCK_FLOCK ? " flock" : "");
 }
 
 static void check_agents(bool dot)
@@ -281,7 +288,6 @@ static void check_agents(bool dot)
 			    "chgrp mail and chmod 2775 the spool, for dot-locks");
 	}
 }
-#endif
 
 int tool_check(const struct wish *w)
 {

@@ -1,5 +1,6 @@
-/* deliver.c: owns `almond deliver`: one message from standard input goes into a mailbox, whole or not at all.  Runs as the
- * mailbox's owner: root's rights are given up before a message or a mailbox is looked at. */
+/* deliver.c: owns `almond deliver`: one message from standard input goes into a mailbox, whole or
+ * not at all.  Runs as the mailbox's owner: root's rights are given up before a message or a
+ * mailbox is looked at. */
 #include "almond.h"
 #include "tools.h"
 
@@ -9,7 +10,8 @@
 #include <sys/syscall.h>
 #include <sys/utsname.h>
 
-/* fsync after each so many octets of a long message: then the dot-lock is touched often enough on slow flash too. */
+/* fsync after each so many octets of a long message: then the dot-lock is touched often enough on
+ * slow flash too. */
 enum { PIECE = 1 << 20, MAX_SENDER = 320 };
 
 enum { REFUSED = -EXDEV };      /* the mailbox is not safe to write; said already */
@@ -98,9 +100,8 @@ static int refuse(const char *box, const char *what)
 
 /* ---- an mbox ---- */
 
-#if ENABLE_MBOX
-/* ctime(3)'s form, in UTC and without the C library's time zones.  Days become years by counting them off in 400s, from the
- * first of March 0000, so that a leap day is a year's last. */
+/* ctime(3)'s form, in UTC and without the C library's time zones.  Days become years by counting
+ * them off in 400s, from the first of March 0000, so that a leap day is a year's last. */
 static void put_separator(struct out *o, const char *sender)
 {
 	static const char days[] = "Thu\0Fri\0Sat\0Sun\0Mon\0Tue\0Wed", months[] =
@@ -190,7 +191,8 @@ static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 	return o.err;
 }
 
-/* A new mailbox is its owner's alone, and the spool's group's where that may write to the spool (Debian's 660, group mail). */
+/* A new mailbox is its owner's alone, and the spool's group's where that may write to the spool
+ * (Debian's 660, group mail). */
 static int create(int spool, const char *box)
 {
 	int fd = openat(spool, box, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
@@ -206,7 +208,8 @@ static int create(int spool, const char *box)
 
 static const char *unsafe(const struct stat *st)
 {
-	return !S_ISREG(st->st_mode) ? "no plain file" : st->st_nlink != 1 ? "a file with a second name" :
+	return !S_ISREG(st->st_mode) ? "no plain file" :
+	    st->st_nlink != 1 ? "a file with a second name" :
 	    st->st_uid != geteuid() ? "another user's" : NULL;
 }
 
@@ -229,7 +232,8 @@ static int try_mbox(int spool, const char *box, const struct mail *m)
 		err = refuse(box, fault);
 	if (!err) {
 		err = lock_take(&lock, spool, box, fd);
-		if (!err && (fstat(fd, &st) < 0 || fstatat(spool, box, &there, AT_SYMLINK_NOFOLLOW) < 0 ||
+		if (!err && (fstat(fd, &st) < 0 ||
+		    fstatat(spool, box, &there, AT_SYMLINK_NOFOLLOW) < 0 ||
 		    there.st_ino != st.st_ino || there.st_dev != st.st_dev))
 			err = -ESTALE;
 		if (!err)
@@ -251,12 +255,11 @@ static int to_mbox(int spool, const char *box, const struct mail *m)
 	while (err == -ESTALE && --tries);
 	return err;
 }
-#endif
 
 /* ---- a Maildir ---- */
 
-#if ENABLE_MAILDIR
-/* Seconds first, which are the order of delivery; the rest is unlike every other name, whatever the clock says. */
+/* Seconds first, which are the order of delivery; the rest is unlike every other name, whatever the
+ * clock says. */
 static void name_it(char *to, size_t room)
 {
 	uint64_t t = wall_clock(), r = 0;
@@ -269,8 +272,8 @@ static void name_it(char *to, size_t room)
 		if (*p == '/' || *p == ':')
 			*p = '_';
 	random_bytes(&r, sizeof r);
-	fmt(to, room, "%llu.M%u000P%dR%llx.%s", (unsigned long long)(t / 1000), (unsigned)(t % 1000),
-	    (int)getpid(), (unsigned long long)r, u.nodename);
+	fmt(to, room, "%llu.M%u000P%dR%llx.%s", (unsigned long long)(t / 1000),
+	    (unsigned)(t % 1000), (int)getpid(), (unsigned long long)r, u.nodename);
 }
 
 static int open_dir(int dir, const char *name)
@@ -284,7 +287,8 @@ static int create_maildir(int spool, const char *box)
 
 	if (mkdirat(spool, box, 0700) < 0 || fsync(spool) < 0 || (fd = open_dir(spool, box)) < 0)
 		return -errno;
-	if (mkdirat(fd, "cur", 0700) < 0 || mkdirat(fd, "tmp", 0700) < 0 || mkdirat(fd, "new", 0700) < 0 || fsync(fd) < 0)
+	if (mkdirat(fd, "cur", 0700) < 0 || mkdirat(fd, "tmp", 0700) < 0 ||
+	    mkdirat(fd, "new", 0700) < 0 || fsync(fd) < 0)
 		return -errno;
 	return fd;
 }
@@ -324,7 +328,6 @@ static int to_maildir(int spool, const char *box, const struct mail *m, bool the
 		return refuse(box, "no whole Maildir of this user");
 	return write_maildir(tmp, new, m);
 }
-#endif
 
 /* ---- whose ---- */
 
@@ -345,7 +348,8 @@ static int users_line(const char *name, struct account *who)
 	return found;
 }
 
-/* Become who owns the mailbox: the users file's line, else the system's account, else a mailbox of this name. */
+/* Become who owns the mailbox: the users file's line, else the system's account, else a mailbox of
+ * this name. */
 static int become_user(const char *name, int spool, struct account *who)
 {
 	int err = system_account(name, who), found = 0;
@@ -369,7 +373,7 @@ static int become_user(const char *name, int spool, struct account *who)
 		err = become(who->uid, who->gid);
 	if (err)
 		log_line(L_ERROR, "%s: %s", name, geteuid() ? "only root delivers to others" :
-		    "the mail would be root's; alias it, or chown the mailbox or the spool to a user");
+		    "it would be root's; alias it, or chown mailbox or spool to a user");
 	return err ? EX_PERM : 0;
 }
 
@@ -377,14 +381,14 @@ static int deliver(int spool, const char *box, const struct mail *m)
 {
 	struct stat st;
 	bool there = fstatat(spool, box, &st, AT_SYMLINK_NOFOLLOW) == 0;
-	static const int patience[] = { SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGALRM, SIGXFSZ, SIGXCPU, 0 };
+	static const int patience[] = { SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGALRM, SIGXFSZ, 0 };
 	int err;
 
 	signal_open(patience);  /* an impatient caller must not leave half a message */
 	if (ENABLE_MAILDIR && (there ? S_ISDIR(st.st_mode) : !ENABLE_MBOX))
 		err = to_maildir(spool, box, m, there);
 	else
-		err = to_mbox(spool, box, m);
+		err = ENABLE_MBOX ? to_mbox(spool, box, m) : refuse(box, "no Maildir");
 	return !err ? 0 : err == REFUSED ? EX_TEMP : complain(err, box);
 }
 

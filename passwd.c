@@ -1,5 +1,5 @@
-/* passwd.c: owns `almond passwd`, which writes the users file: locked, the old file or the new one, read back before it counts.
- * Runs as whoever calls it. */
+/* passwd.c: owns `almond passwd`, which writes the users file: locked, the old file or the new one,
+ * read back before it counts. Runs as whoever calls it. */
 #include "almond.h"
 #include "tools.h"
 
@@ -18,7 +18,7 @@ struct job {
 	bool input, generate, plain, remove, check;
 	uint64_t rounds;
 	char *name, *box;               /* box: NULL where the operand names none */
-	const char *path, *base;        /* of the users file: all of it, and behind the last slash */
+	const char *path, *base;        /* of the users file: whole; behind the last slash */
 	int dir;
 	size_t n;
 	char kept[MAX_NAME + 1], secret[MAX_SECRET], verifier[MAX_VERIFIER];
@@ -26,7 +26,8 @@ struct job {
 
 /* ---- the password ---- */
 
-/* One line without its end.  A longer one is read whole; its length then is more than a password's. */
+/* One line without its end.  A longer one is read whole; its length then is more than a password's.
+ * */
 static int read_secret(int fd, char to[MAX_SECRET], size_t *n)
 {
 	ssize_t k;
@@ -63,7 +64,7 @@ static int ask(int tty, const char *prompt, char to[MAX_SECRET], size_t *n)
 		err = read_secret(tty, to, n);
 	tcsetattr(tty, TCSANOW, &loud);
 	close(p[1].fd);
-	close(signal_open(list + LEN(list) - 1));       /* none of them: all are let through again */
+	close(signal_open(list + LEN(list) - 1));       /* none of them: all come through again */
 	if (sig)
 		kill(getpid(), sig);
 	return err;
@@ -78,7 +79,7 @@ static int ask_twice(struct job *j)
 	tty = tty < 0 ? 0 : tty;
 	err = ask(tty, "Password: ", j->secret, &j->n);
 	if (err) {
-		log_line(L_ERROR, "no terminal to ask at; give the password on standard input with -s");
+		log_line(L_ERROR, "no terminal to ask at; give the password on stdin, with -s");
 		return EX_DATA;
 	}
 	if (j->check)
@@ -123,7 +124,7 @@ static const char *secret_fault(const struct job *j)
 		wide |= (signed char)j->secret[i] < 0;
 	}
 	if (wide)
-		log_line(L_WARN, "not all of the password is ASCII: some clients will send it otherwise");
+		log_line(L_WARN, "not all of it is ASCII: some clients will send it otherwise");
 	if (j->secret[0] == ' ' || j->secret[j->n - 1] == ' ')
 		log_line(L_WARN, "the password begins or ends with a blank, which belongs to it");
 	return NULL;
@@ -161,7 +162,7 @@ static int users_lock(const struct job *j, struct stat *st, bool *made)
 	do {
 		fd = open_at(j->dir, j->base, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
 		if (fd == -ENOENT && !j->remove) {
-			fd = openat(j->dir, j->base, O_RDONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+			fd = openat(j->dir, j->base, O_RDONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 			*made = fd >= 0;
 			if (fd < 0 && errno == EEXIST)
 				continue;
@@ -175,7 +176,8 @@ static int users_lock(const struct job *j, struct stat *st, bool *made)
 		if (!S_ISREG(st->st_mode))
 			return -EPERM;
 		if (flock(fd, LOCK_EX | LOCK_NB) == 0 &&
-		    fstatat(j->dir, j->base, &there, AT_SYMLINK_NOFOLLOW) == 0 && there.st_ino == st->st_ino)
+		    fstatat(j->dir, j->base, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+		    there.st_ino == st->st_ino)
 			return fd;
 		close(fd);
 		*made = false;
@@ -195,8 +197,8 @@ static void put(struct text *t, const char *p, size_t n)
 
 static void put_line(struct text *t, const struct job *j)
 {
-	t->n += fmt(t->p + t->n, 2 * MAX_NAME + MAX_VERIFIER + 4, "%s%s%s:%s\n", j->name, j->box ? "/" : "",
-	    j->box ? j->box : "", j->verifier);
+	t->n += fmt(t->p + t->n, 2 * MAX_NAME + MAX_VERIFIER + 4, "%s%s%s:%s\n", j->name,
+	    j->box ? "/" : "", j->box ? j->box : "", j->verifier);
 }
 
 /* The key of the fake salts that an unknown user gets: random, and the same each time. */
@@ -288,7 +290,8 @@ static int fill(const struct job *j, int fd, const struct stat *old, const struc
 	return reads_back(j, fd) ? 0 : -EIO;
 }
 
-/* One name for the new file is enough, since the old one is locked; so a crash leaves at most one behind. */
+/* One name for the new file is enough, since the old one is locked; so a crash leaves at most one
+ * behind. */
 static int replace(const struct job *j, const struct stat *old, const struct text *t)
 {
 	char temp[NAME_MAX + 1];
@@ -385,7 +388,8 @@ static int check(struct job *j)
 	if (users_find(fd, j->name, &l, &u) <= 0)
 		log_line(L_ERROR, "%s: no such user in %s", j->name, j->path);
 	else if ((right = verify(u.verifier, j->secret, j->n)) < 0)
-		log_line(L_ERROR, "%s: the password format %s is not built in", j->name, verify_scheme(u.verifier));
+		log_line(L_ERROR, "%s: the password format %s is not built in", j->name,
+		    verify_scheme(u.verifier));
 	else
 		print(right ? "right\n" : "wrong\n");
 	wipe(&l, sizeof l);
@@ -422,10 +426,11 @@ int tool_passwd(const struct wish *w)
 	const char *rounds = w->value['r' & LETTER];
 	int code;
 
-	j = (struct job){ .name = w->operand, .path = w->value['u' & LETTER], .input = has_flag(w, 's'),
-		.generate = has_flag(w, 'g'), .plain = has_flag(w, 'p'), .remove = has_flag(w, 'd'),
-		.check = has_flag(w, 'c') };
-	if (!w->operand || j.input + j.generate + j.remove > 1 || j.check + j.remove + j.generate > 1 ||
+	j = (struct job){ .name = w->operand, .path = w->value['u' & LETTER],
+		.input = has_flag(w, 's'), .generate = has_flag(w, 'g'), .plain = has_flag(w, 'p'),
+		.remove = has_flag(w, 'd'), .check = has_flag(w, 'c') };
+	if (!w->operand || j.input + j.generate + j.remove > 1 ||
+	    j.check + j.remove + j.generate > 1 ||
 	    (rounds && (number(rounds, 4000000, &j.rounds) || j.rounds < 4096)))
 		return EX_USAGE_;
 	if (!j.path)

@@ -1,5 +1,5 @@
-/* tools.c: owns what the tools share with each other and with main: options, plain output, the look at the configuration.  Runs
- * as whoever started the binary. */
+/* tools.c: owns what the tools share with each other and with main: options, plain output, the look
+ * at the configuration.  Runs as whoever started the binary. */
 #include "almond.h"
 #include "tools.h"
 
@@ -59,15 +59,15 @@ const char *fs_warning(int fd)
 		return "is on tmpfs: ALL MAIL IS LOST at reboot; put it on a disk (-d)";
 	case 0x4d44:
 	case 0x2011bab0:
-		return "is on vfat or exfat, which know no owners and no ':' in names; use ext4 or f2fs";
+		return "is on vfat or exfat: no owners, no ':' in names; use ext4 or f2fs";
 	case 0x6969:
 		return "is on NFS, where flock is left out; let this host alone write it";
 	}
 	return NULL;
 }
 
-/* Open what the configuration names.  A descriptor; or what is wrong is said, with what to do where it is not a matter of
- * rights, and it is minus the exit code. */
+/* Open what the configuration names.  A descriptor; or what is wrong is said, with what to do where
+ * it is not a matter of rights, and it is minus the exit code. */
 static int need(const char *path, int flags, const char *advice)
 {
 	int fd = open_at(AT_FDCWD, path, flags | O_NONBLOCK);
@@ -78,13 +78,14 @@ static int need(const char *path, int flags, const char *advice)
 		fd = -errno;
 	if (fd >= 0)
 		return fd;
-	log_line(L_ERROR, "%s: %s; %s", path, reason(fd), fd == -EACCES ? "run as root or its owner" : advice);
+	log_line(L_ERROR, "%s: %s; %s", path, reason(fd),
+	    fd == -EACCES ? "run as root or its owner" : advice);
 	return fd == -EACCES ? -EX_PERM : -EX_CONF;
 }
 
 static int check_spool(void)
 {
-	int fd = need(conf.spool, O_RDONLY | O_DIRECTORY, "make the directory, or name another with -d");
+	int fd = need(conf.spool, O_RDONLY | O_DIRECTORY, "make it, or name another (-d)");
 	const char *warning;
 
 	if (fd < 0)
@@ -93,18 +94,6 @@ static int check_spool(void)
 	if (warning)
 		log_line(L_WARN, "spool %s %s", conf.spool, warning);
 	close(fd);
-	return 0;
-}
-
-int users_find(int fd, const char *name, struct lines *l, struct user *u)
-{
-	char *line;
-
-	*l = (struct lines){ .fd = fd };
-	lseek(fd, 0, SEEK_SET);
-	while ((line = text_next(l)))
-		if (users_parse(line, u) > 0 && !strcmp(u->name, name))
-			return 1;
 	return 0;
 }
 
@@ -123,7 +112,7 @@ static int check_owners(int fd)
 		fmt(who.box, sizeof who.box, "%s", u.box);
 		if (auth_owner(&who) != -EPERM)
 			continue;
-		log_line(L_ERROR, "user %s: mailbox %s and the spool are root's; chown the mailbox to a user",
+		log_line(L_ERROR, "user %s: mailbox %s and spool are root's; chown one to a user",
 		    u.name, u.box);
 		code = conf.system ? 0 : EX_CONF;
 	}
@@ -173,6 +162,20 @@ int check_conf(void)
 }
 
 /* ---- the tools ---- */
+
+#if ENABLE_USERS
+int users_find(int fd, const char *name, struct lines *l, struct user *u)
+{
+	char *line;
+
+	*l = (struct lines){ .fd = fd };
+	lseek(fd, 0, SEEK_SET);
+	while ((line = text_next(l)))
+		if (users_parse(line, u) > 0 && !strcmp(u->name, name))
+			return 1;
+	return 0;
+}
+#endif
 
 #if ENABLE_TOOLS
 void tool_conf(const struct wish *w)
@@ -272,7 +275,8 @@ static const struct tool {
 	const char *help;
 } tools[] = {
 #if ENABLE_PASSWD
-	{ "passwd", "sgpdcr:u:", tool_passwd, "[-s | -g] [-p] [-r ROUNDS] [-u FILE] USER[/MAILBOX]\n"
+	{ "passwd", "sgpdcr:u:", tool_passwd,
+	    "[-s | -g] [-p] [-r ROUNDS] [-u FILE] USER[/MAILBOX]\n"
 	    "       almond passwd -d | -c [-s] [-u FILE] USER\n"
 	    "-s: password from stdin; -g: make one up; -p: store it readable, for APOP\n"
 	    "-d: delete the user; -c: check a password\n" },
@@ -290,6 +294,7 @@ int tool(int argc, char **argv)
 	const struct tool *t = tools;
 	struct wish w = { .flags = 0 };
 	char help[512];
+	size_t n;
 	bool asked;
 	int code;
 
@@ -306,7 +311,8 @@ int tool(int argc, char **argv)
 	code = !asked && wishes(&w, argc, argv, t->known) ? t->run(&w) : EX_USAGE_;
 	if (code != EX_USAGE_)
 		return code;
-	write_all(asked ? 1 : 2, help, fmt(help, sizeof help, "usage: almond %s %s", t->name, t->help));
+	n = fmt(help, sizeof help, "usage: almond %s %s", t->name, t->help);
+	write_all(asked ? 1 : 2, help, n);
 	return asked ? 0 : EX_USAGE_;
 }
 #else

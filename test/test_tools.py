@@ -851,7 +851,7 @@ def test_check_users_file(spool):
 def test_check_no_spool(spool):
     spool.users(user='x')
     done = run('check', '-d', spool.base / 'no', '-u', spool.users_file, code=1)
-    assert b'make the directory' in done.stderr
+    assert b'make it' in done.stderr
     run('check', 'operand', code=64)
 
 
