@@ -424,7 +424,7 @@ class Server(Program):
             self.wait()
 
 
-def inetd_style(spool, *args, almond=ALMOND, tcp=False, **how):
+def inetd_style(spool, *args, almond=ALMOND, tcp=False, prefix=(), **how):
     """almond -i on one end of a socket; the client on the other, and the process."""
     if tcp:
         with socket.create_server(('127.0.0.1', 0)) as listener:
@@ -433,7 +433,7 @@ def inetd_style(spool, *args, almond=ALMOND, tcp=False, **how):
     else:
         ours, theirs = socket.socketpair()
     with theirs:
-        argv = [almond, '-i', '-E', '-d', spool.path, '-u', spool.users_file, *args]
+        argv = [*prefix, almond, '-i', '-E', '-d', spool.path, '-u', spool.users_file, *args]
         program = Program(argv, stdin=theirs, stdout=theirs, **how)
     return Pop(ours), program
 
