@@ -211,6 +211,8 @@ struct lock {
 int lock_take(struct lock *, int dir, const char *box, int fd);
 void lock_touch(struct lock *); /* during long work, often: keeps the dot-lock young */
 void lock_drop(struct lock *);
+/* Does the dot-lock `file` name a process that lives, in this boot? */
+bool lock_alive(int dir, const char *file);
 /* The mailbox's state while no one delivers to it, without a write anywhere: fd may be read-only. */
 int lock_snapshot(int dir, const char *box, int fd, struct stat *);
 

@@ -185,20 +185,10 @@ static void read_as_owner(int spool, const char *name, const struct stat *st)
 /* NAME.lock: does the process that made it live? */
 static void check_lock(int spool, const char *name)
 {
-	int fd = open_at(spool, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
-	char text[12] = "";
-	uint64_t pid = 0;
-
-	if (fd >= 0 && read(fd, text, sizeof text - 1) > 0) {
-		text[strspn(text, "0123456789")] = 0;
-		number(text, INT32_MAX, &pid);
-	}
-	close(fd);
-	if (pid && (kill((pid_t)pid, 0) == 0 || errno == EPERM))
-		print("%s: held by process %llu\n", name, (unsigned long long)pid);
+	if (ENABLE_MBOX && lock_alive(spool, name))
+		print("%s: a living process holds it\n", name);
 	else
-		todo("%s: a lock of %s; remove it if it stays", name,
-		    pid ? "no living process" : "unknown age");
+		todo("%s: a lock of no living process; remove it if it stays", name);
 }
 
 static void check_box(int spool, const char *name)

@@ -60,7 +60,7 @@ static void boot_id(char *to, size_t room)
 
 /* Is the process that a dot-lock names alive?  Ours names the boot too: after a reboot its pid means nothing.  0 and no
  * number (procmail) say nothing, and count as "no". */
-static bool owner_lives(int dir, const char *file)
+bool lock_alive(int dir, const char *file)
 {
 	int fd = open_quiet(dir, file), pid = 0;
 	char text[80], id[40], *p = text;
@@ -105,7 +105,7 @@ static void dot_watch(struct watch *w, int dir, const char *file)
 	if (fstatat(dir, file, &st, AT_SYMLINK_NOFOLLOW) < 0)
 		return;
 	if (!w->since || st.st_ino != w->inode || st.st_mtim.tv_sec != w->time.tv_sec ||
-	    st.st_mtim.tv_nsec != w->time.tv_nsec || owner_lives(dir, file)) {
+	    st.st_mtim.tv_nsec != w->time.tv_nsec || lock_alive(dir, file)) {
 		w->inode = st.st_ino;
 		w->time = st.st_mtim;
 		w->since = now();

@@ -7,9 +7,10 @@ enum { SCRAM_ROUNDS = 10000000, SCRAM_SALT = 64, KEYS = 2 * SHA256_SIZE };
 /* What is left of s behind a text that it begins with, or NULL. */
 static const char *behind(const char *s, const char *text)
 {
-	size_t n = strlen(text);
-
-	return strncmp(s, text, n) ? NULL : s + n;
+	while (*text)
+		if (*s++ != *text++)
+			return NULL;
+	return s;
 }
 
 /* The digits that s begins with; what follows them must be `end`.  What stands behind it, or NULL.
@@ -24,8 +25,27 @@ static const char *digits(const char *s, uint64_t *n, char end)
 	return s > start && *s == end ? s + 1 : NULL;
 }
 
+/* How far it is to the first c, ':' or the end. */
+static size_t up_to(const char *s, char c)
+{
+	size_t n = 0;
+
+	while (s[n] && s[n] != c && s[n] != ':')
+		n++;
+	return n;
+}
+
 /* What formats are named with; without the '-', crypt's digits. */
 static const char letters[] = "-./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+
+static size_t named(const char *s, const char *with)
+{
+	size_t n = 0;
+
+	while (s[n] && find(with, s[n]))
+		n++;
+	return n;
+}
 
 /* ---- SCRAM-SHA-256$rounds:salt$StoredKey:ServerKey (RFC 5803, section 3) ---- */
 
@@ -164,14 +184,14 @@ static int unix_parse(const char *text, struct mill *m)
 	if (!s)
 		return -1;
 	m->salt = s;
-	m->salted = strcspn(s, "$:");
+	m->salted = up_to(s, '$');
 	if (s[m->salted] != '$')
 		return -1;
 	m->text = s + m->salted + 1;
 	if (m->salted > m->f->salt)
 		m->salted = m->f->salt;
 	m->length = (m->f->size * 8u + 5) / 6;
-	return strcspn(m->text, ":") == m->length ? 1 : -1;
+	return up_to(m->text, ':') == m->length ? 1 : -1;
 }
 
 static void begin(struct mill *m)
@@ -330,14 +350,14 @@ static size_t foreign_id(const char *text, size_t n)
 
 	if (p)
 		return (size_t)(p - text) + 1;
-	return n == 13 && strspn(text, letters + 1) >= n ? 2 : 0;
+	return n == 13 && named(text, letters + 1) >= n ? 2 : 0;
 }
 
 /* What crypt gives must have the format that was asked for: the C library may fall back to one. */
 static int foreign_verify(const char *text, const char *secret, size_t n)
 {
 	char setting[MAX_VERIFIER], key[MAX_SECRET];
-	size_t k = strcspn(text, ":"), id = k < sizeof setting ? foreign_id(text, k) : 0;
+	size_t k = up_to(text, ':'), id = k < sizeof setting ? foreign_id(text, k) : 0;
 	char *got;
 	bool fits;
 
@@ -351,7 +371,7 @@ static int foreign_verify(const char *text, const char *secret, size_t n)
 	key[n] = 0;
 	got = crypt(key, setting);
 	wipe(key, sizeof key);
-	if (!got || *got == '*' || strncmp(got, setting, id))
+	if (!got || *got == '*' || strlen(got) < id || memcmp(got, setting, id))
 		return -1;
 	n = strlen(got);
 	fits = n == k && same(got, setting, k);
@@ -362,7 +382,7 @@ static int foreign_verify(const char *text, const char *secret, size_t n)
 /* A guess, which is about yescrypt's and bcrypt's with their usual parameters. */
 static uint64_t foreign_cost(const char *text)
 {
-	return *text && foreign_id(text, strcspn(text, ":")) ? 200000 : 0;
+	return *text && foreign_id(text, up_to(text, ':')) ? 200000 : 0;
 }
 #else
 #define foreign_verify(text, secret, n) (-1)
@@ -374,12 +394,12 @@ static uint64_t foreign_cost(const char *text)
 enum scheme { LOCKED, PLAIN, SCRAM, OTHER };
 
 /* *text moves behind the name of those that have one.  What could be a password that nobody set is
- * locked: an empty one (strchr finds the NUL, too). */
+ * locked, and an empty one too. */
 static enum scheme scheme_of(const char **text)
 {
 	const char *s = *text, *p;
 
-	if (strchr(":!*", *s) || (*s == 'x' && (!s[1] || s[1] == ':')))
+	if (!*s || find(":!*", *s) || (*s == 'x' && (!s[1] || s[1] == ':')))
 		return LOCKED;
 	if ((p = behind(s, "{PLAIN}")))
 		return *text = p, *p ? PLAIN : LOCKED;
@@ -449,7 +469,7 @@ const char *verify_scheme(const char *text)
 	case OTHER:
 		break;
 	}
-	n = strspn(text + 1, letters) + 2;
+	n = named(text + 1, letters) + 2;
 	if ((*text != '$' && *text != '{') || n < 3 || n >= sizeof name || text[n - 1] != end)
 		return "unknown";
 	memcpy(name, text, n);
