@@ -309,6 +309,25 @@ def test_passwd_cut_short(users):
     assert users.read_bytes() == before and os.listdir(users.parent) == ['users']
 
 
+def calls(trace, argv, data):
+    """The system calls that make a change durable or visible, in their order, with what they were done to."""
+    subprocess.run([tool('strace'), '-y', '-o', trace, '-e', 'trace=write,pwrite64,fsync,rename,renameat,renameat2',
+                    ALMOND, *map(str, argv)], input=data, stdout=subprocess.DEVNULL, check=True, timeout=SECONDS)
+    seen = []
+    for line in trace.read_text().split('\n'):
+        hit = re.match(r'(\w+)\((?:\d+<([^>]*)>)?.*= \d', line)
+        if hit and (hit[1].startswith('rename') or hit[2]):
+            seen.append((re.sub(r'at2?$', '', hit[1]), os.path.basename(hit[2] or '')))
+    return [x for i, x in enumerate(seen) if i == 0 or x != seen[i - 1]]
+
+
+def test_passwd_is_durable_before_it_counts(users, tmp_path):
+    got = calls(tmp_path / 'trace', ['passwd', '-s', '-u', users, 'anna'], b'secret\n')
+    assert [(call, name) for call, name in got if call != 'rename'] == [
+        ('write', 'users.new'), ('fsync', 'users.new'), ('fsync', tmp_path.name)]
+    assert [call for call, _ in got] == ['write', 'fsync', 'rename', 'fsync']
+
+
 class Terminal:
     """almond passwd, asked at a terminal of its own."""
 
@@ -555,6 +574,19 @@ def test_deliver_maildir(spool):
     assert (seen.st_uid, stat.S_IMODE(seen.st_mode)) == (OWNER, 0o600)
 
 
+@pytest.mark.parametrize('kind', ['mbox', 'maildir'])
+def test_deliver_is_durable_before_it_says_so(spool, kind):
+    spool.users(user='x')
+    box = spool.maildir('user', {}) if kind == 'maildir' else spool.path / 'user'
+    got = calls(spool.base / 'trace', ['deliver', '-d', spool.path, '-u', spool.users_file, 'user'], MAIL)
+    if kind == 'maildir':
+        name, = os.listdir(box / 'new')
+        assert [call for call, _ in got] == ['pwrite64', 'fsync', 'rename', 'fsync']
+        assert got[1] == ('fsync', name) and got[3] == ('fsync', 'new')
+    else:
+        assert [x for x in got if x[1] != 'user.lock'] == [('pwrite64', 'user'), ('fsync', 'user'), ('fsync', 'spool')]
+
+
 def refused(spool, name, *paths):
     """Not delivered; the mail waits; nothing that lies there has changed."""
     before = spool.picture()
@@ -783,6 +815,7 @@ def test_check_what_is_no_mailbox(spool):
     (spool.path / 'link').symlink_to('real')
     os.link(spool.mbox('two', GOOD), spool.base / 'second')
     os.mkfifo(spool.path / 'fifo')
+    os.mkfifo(spool.path / 'fifo.lock')
     spool.mbox('open', GOOD, 0o666)
     spool.mbox('bad name', GOOD)
     spool.mbox('.hidden', b'junk')
@@ -790,7 +823,7 @@ def test_check_what_is_no_mailbox(spool):
     out = run('check', '-d', spool.path, '-u', spool.users_file, code=1).stdout.decode()
     for name in ('link', 'two', 'fifo', 'bad name'):
         assert re.search(f'  ! {name}: .*not served', out), name
-    assert '! open: everybody may change it' in out and 'hidden' not in out
+    assert '! fifo.lock: a lock of no living' in out and '! open: everybody may change it' in out and 'hidden' not in out
 
 
 @needs_root
@@ -815,8 +848,8 @@ def test_check_locks(spool):
     dead.wait()
     (spool.path / 'third.lock').write_text(f'{dead.pid}')
     out, _ = check(spool)
-    assert f'user.lock: held by process {os.getpid()}' in out and '! user.lock' not in out
-    assert '! other.lock: a lock of unknown age' in out and '! third.lock: a lock of no living' in out
+    assert 'user.lock: a living process holds it' in out and '! user.lock' not in out
+    assert '! other.lock: a lock of no living' in out and '! third.lock: a lock of no living' in out
 
 
 def test_check_maildir(spool):
@@ -879,3 +912,30 @@ def test_check_reads_mail_as_its_owner(spool):
         if 'pread64' in line and '/user>' in line:
             read.add(pid)
     assert read and read <= became
+
+
+def test_conf_is_looked_at_before_a_start(spool):
+    """almond -T: what a start would look at, and its exit codes."""
+    def look(code, *args):
+        return run('-T', '-d', spool.path, '-u', spool.users_file, *args, code=code).stderr.decode()
+    assert 'almond passwd' in look(78)
+    spool.users(user='x')
+    assert look(0) == ''
+    run('-T', '-d', spool.base / 'no', '-u', spool.users_file, code=78)
+    run('-T', '-d', spool.users_file, '-u', spool.users_file, code=78)
+
+
+@needs_root
+def test_conf_refused(spool):
+    spool.users(user='x')
+    run('-T', '-d', spool.path, '-u', spool.users_file, code=77, user=OWNER, group=GROUP, extra_groups=[])
+    run('-T', '-d', spool.path, '-s', code=77, user=OWNER, group=GROUP, extra_groups=[])
+    os.chmod(spool.users_file, 0o644)
+    os.chmod(spool.path, 0o444)
+    assert run('-T', '-d', spool.path, '-u', spool.users_file, code=77, user=OWNER, group=GROUP, extra_groups=[]).stderr
+    os.chmod(spool.path, 0o755)
+    os.chmod(spool.users_file, 0o600)
+    (spool.path / 'user').write_bytes(b'')
+    os.chown(spool.path, 0, 0)
+    assert b'chown' in run('-T', '-d', spool.path, '-u', spool.users_file, code=78).stderr
+    run('-T', '-d', spool.path, '-u', spool.users_file, '-s', code=0)
