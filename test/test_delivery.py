@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from conftest import ALMOND, GROUP, IS_ROOT, OWNER, SECONDS, SEPARATOR, Server, needs_root, switches, tool
+from conftest import ALMOND, GROUP, IS_ROOT, OWNER, SECONDS, SEPARATOR, needs_root, switches, tool
 
 SWITCHES = switches(ALMOND)
 mbox_only = pytest.mark.skipif(not SWITCHES['ENABLE_MBOX'], reason='a build without mbox')

@@ -4,12 +4,10 @@ import os
 import pathlib
 import re
 import socket
-import subprocess
-import time
 
 import pytest
 
-from conftest import ALMOND, IS_ROOT, OWNER, SECONDS, SEPARATOR, Pop, Program, Server, needs_root, switches, tool, wire
+from conftest import ALMOND, IS_ROOT, OWNER, SEPARATOR, Pop, Program, Server, needs_root, switches, tool, wire
 
 SWITCHES = switches(ALMOND)
 STORES = [store for store, switch in (('mbox', 'ENABLE_MBOX'), ('maildir', 'ENABLE_MAILDIR')) if SWITCHES[switch]]
