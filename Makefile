@@ -43,14 +43,14 @@ O = build
 endif
 
 # What makes the static file small: each flag was tried and took something off.
-SMALL = -Oz -flto -fomit-frame-pointer -fno-asynchronous-unwind-tables -fno-unwind-tables -ffunction-sections -fdata-sections \
+SMALL = -Oz -flto=auto -fomit-frame-pointer -fno-asynchronous-unwind-tables -fno-unwind-tables -ffunction-sections -fdata-sections \
 	-fno-stack-protector -fno-pie -fno-ident -fmerge-all-constants -fno-jump-tables -fno-caller-saves \
 	-fno-inline-functions-called-once -fno-tree-loop-im -fno-optimize-sibling-calls -fno-tree-tail-merge -fno-ipa-sra \
 	-fno-move-loop-invariants -fno-expensive-optimizations -fno-strict-aliasing -fno-if-conversion -fno-partial-inlining
 ifneq ($(findstring x86_64,$(shell $(MUSLCC) -dumpmachine 2>/dev/null)),)
 SMALL_X86 = -mno-sse
 endif
-SMALL_LD = -static -no-pie -s -flto -flto-partition=one -Wl,--gc-sections,--build-id=none,-z,noseparate-code,-z,norelro,-z,common-page-size=256,--hash-style=gnu,-O1
+SMALL_LD = -static -no-pie -s -flto-partition=one -Wl,--gc-sections,--build-id=none,-z,noseparate-code,-z,norelro,-z,common-page-size=256,--hash-style=gnu,-O1
 
 # The tests' build waits less; FAIL_DELAY and the like are in milliseconds.
 TEST_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=3000 -DLOCK_STALE=1500 -DPASSWD_TIME=5 \

@@ -203,12 +203,31 @@ static bool peer_address(int fd, uint8_t to[16])
 	return s.ss_family == AF_INET || s.ss_family == AF_INET6;
 }
 
+/* As text, the first run of zero groups as "::". */
+static void write_v6(char *to, const uint8_t a[16])
+{
+	unsigned i, group;
+	bool zeros = false, open = false;
+	size_t n = 0;
+
+	for (i = 0; i < 16; i += 2) {
+		group = (unsigned)a[i] << 8 | a[i + 1];
+		if (!group && (open || !zeros)) {
+			zeros = open = true;
+			continue;
+		}
+		n += fmt(to + n, 48 - n, open ? "::%x" : i ? ":%x" : "%x", group);
+		open = false;
+	}
+	if (open)
+		fmt(to + n, 48 - n, "::");
+}
+
 bool peer_trusted(int fd, char *addr)
 {
 	static const struct net mapped = { .addr = { [10] = 0xFF, [11] = 0xFF }, .bits = 96 };
 	uint8_t a[16];
 	unsigned i;
-	size_t n = 0;
 
 	memcpy(addr, "local", 6);
 	if (!peer_address(fd, a))
@@ -216,8 +235,7 @@ bool peer_trusted(int fd, char *addr)
 	if (in_net(a, &mapped))
 		fmt(addr, 48, "%u.%u.%u.%u", a[12], a[13], a[14], a[15]);
 	else
-		for (i = 0; i < 16; i += 2)
-			n += fmt(addr + n, 48 - n, i ? ":%x" : "%x", (unsigned)a[i] << 8 | a[i + 1]);
+		write_v6(addr, a);
 	for (i = 0; i < net_count; i++)
 		if (in_net(a, &nets[i]))
 			return true;
@@ -428,7 +446,7 @@ static int listen_for_ever(void)
 	counters = mmap(NULL, sizeof *counters, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (counters == MAP_FAILED || p[0].fd < 0)
 		return EX_OS;
-	log_line(L_NOTE, "started: spool %s, sessions as %s", conf.spool, conf.session);
+	log_line(L_NOTE, "started: spool %s, sessions as uid %u", conf.spool, (unsigned)conf.session_uid);
 	while (obey(signal)) {
 		poll(p, (nfds_t)listen_count + 1, -1);
 		for (i = 0; i < listen_count; i++)

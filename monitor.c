@@ -321,8 +321,8 @@ static int answer_note(const struct question *q)
 
 	if (q->n >= NOTE_COUNT || ++m.notes > MAX_NOTES)
 		return -EINVAL;
-	log_line(L_WARN, "note user=%s rip=%s: %s (message %u%s%s)", *m.who.name ? m.who.name : "-", m.addr, text[q->n],
-	    (unsigned)q->u.gone[0].at, q->err ? ", " : "", q->err ? reason(q->err) : "");
+	log_line(L_WARN, "note user=%s rip=%s: %s msg=%u err=%d", *m.who.name ? m.who.name : "-", m.addr, text[q->n],
+	    (unsigned)q->u.gone[0].at, q->err);
 	return 0;
 }
 
@@ -586,7 +586,8 @@ static void answer_all(int signals)
 		if (p[2].revents) {
 			n = signal_next(signals);
 			if (n == SIGTERM || n == SIGINT) {
-				page->why = WHY_STOP;
+				if (page->why == WHY_LOST)
+					page->why = WHY_STOP;
 				return;
 			}
 		}
