@@ -31,6 +31,9 @@ SANITIZER = re.compile(r'AddressSanitizer|LeakSanitizer|runtime error:|died by s
 os.environ.setdefault('ASAN_OPTIONS', 'detect_leaks=0:abort_on_error=1:handle_abort=0')
 os.environ.setdefault('UBSAN_OPTIONS', 'print_stacktrace=1:abort_on_error=1')
 os.umask(0o022)
+# A shell's background job ignores both, and so would all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def switches(almond=ALMOND):
