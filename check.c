@@ -4,7 +4,6 @@
 #include "tools.h"
 
 #if ENABLE_CHECK
-#include <signal.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
