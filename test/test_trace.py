@@ -344,29 +344,3 @@ def test_a_session_without_root(spool):
         session = child(child(server.process.pid))
         assert set(holds(session)) == {0, 1, 2, 3}
         look(pop)
-
-
-# ---- memory that is used as it should be ----
-
-@pytest.mark.parametrize('store', STORES)
-def test_valgrind(spool, store):
-    """No error in any of the processes of two sessions; a child's log is its own."""
-    fill(spool, store)
-    log = spool.base / 'valgrind.%p'
-    with Server(spool, prefix=[tool('valgrind'), '-q', '--trace-children=no', f'--log-file={log}']) as server:
-        look(server.pop())
-        with server.pop() as pop:
-            pop.err('USER ../x')
-            pop.ok('USER user')
-            pop.err('PASS wrong')
-            pop.login()
-            pop.err('RETR 99')
-            pop.ok('DELE 1')
-            pop.ok('DELE 3')
-            assert pop.quit().startswith('+OK')
-    logs = list(spool.base.glob('valgrind.*'))
-    assert logs
-    for file in logs:
-        assert file.read_text() == '', file.read_text()
-    with Server(spool) as after, after.pop('user') as pop:
-        assert pop.cmd('STAT').startswith(f'+OK {len(MAILS) - 2} ')
