@@ -44,6 +44,10 @@ struct conf {
 };
 extern struct conf conf;
 
+/* Fill what the options left open: accounts (USERS_FILE where it exists, else the system's) and the session user.  0, or an exit
+ * code. */
+int conf_fill(void);
+
 /* Counters for SIGUSR1, in a page that all processes share; added to with relaxed atomics. */
 struct counters { uint32_t logins, failures, retrieved, deleted; };
 extern struct counters *counters;
@@ -198,6 +202,8 @@ int system_account(const char *name, struct account *who);
 
 /* ---- lock.c: the delivery locks of an mbox, and the one of a session -------------------------------------------------- */
 
+enum { LOCK_FCNTL = 1, LOCK_DOT = 2, LOCK_FLOCK = 4 };   /* LOCK_ORDER's words */
+
 struct lock {
 	int dir, fd, dot;               /* dot: the dot-lock, -1 for none */
 	bool held;
@@ -298,6 +304,11 @@ bool field_is(const char *p, size_t n, const char *name);       /* does a header
 /* Octets of message i up to and with `lines` lines of its body (RFC 1939, TOP); *open says that the last line sent has no end.
  * box->store->look was called. */
 int box_top(struct box *, uint32_t i, uint64_t lines, uint64_t *stored, bool *open);
+
+/* The entries of a directory but those with a leading dot: fd is set and the rest zero before the first call; NULL at the end,
+ * or with len below 0 where it cannot be read.  type is the kernel's: 8 a file, 0 unknown. */
+struct listing { int fd; unsigned char type; long at, len; _Alignas(8) char buffer[4096]; };
+const char *next_name(struct listing *);
 
 /* Sort n numbers by order(context, a, b) < 0. */
 void sort_numbers(uint32_t *, uint32_t n, int (*order)(const void *, uint32_t, uint32_t), const void *context);
@@ -410,14 +421,33 @@ extern struct page *page;
 /* One session, from the greeting to its end. */
 void pop3(struct wire *);
 
-/* ---- tools.c: the same binary's passwd, deliver, check ---------------------------------------------------------------------- */
+/* ---- tools.c: options, plain output, the look at the configuration; passwd.c, deliver.c, check.c: the tools --------------- */
 
 /* argv[0] is the tool's name.  The exit code; -1: no such tool. */
 int tool(int argc, char **argv);
 /* Options that main and the tools share: the next one of argv, or -1 when they end; '?' for one not in `known` (letters, a ':'
- * behind one that takes a value, which *value gets).  *at starts at 1 and ends at the first operand. */
+ * behind one that takes a value, which *value gets; for '?' it gets the argument).  *at starts at 1 and ends at the first
+ * operand. */
 int option(int argc, char **argv, int *at, const char *known, char **value);
 void print(const char *format, ...) __attribute__((format(printf, 1, 2)));      /* to standard output */
 /* Log what makes the configuration unfit, and warn of what makes it unwise (a spool on tmpfs).  0, or an exit code. */
 int check_conf(void);
+
+/* A tool's options and its one operand, in any order. */
+struct wish { uint32_t flags; char *operand, *value[32]; };
+enum { LETTER = 31 };           /* c & LETTER: an option's bit in flags and place in value */
+static inline bool has_flag(const struct wish *w, char c) { return w->flags >> (c & LETTER) & 1; }
+
+/* The exit code; after EX_USAGE_ the tool's help is printed. */
+int tool_passwd(const struct wish *);
+int tool_deliver(const struct wish *);
+int tool_check(const struct wish *);
+
+void tool_conf(const struct wish *);                    /* conf, as -d, -u and -s say, and else as main fills it */
+int complain(int err, const char *what);                /* say that it failed, why, and what to do; the exit code that fits */
+int slurp(int fd, char **p, size_t *n);                 /* the rest of descriptor fd, in a map */
+const char *next_line(const char *p, const char *end);  /* behind the line that begins at p */
+/* name's line in the users file that fd is open on: 1 and *u points into *l; 0: there is none. */
+int users_find(int fd, const char *name, struct lines *l, struct user *u);
+const char *fs_warning(int fd);                         /* what a spool on fd's file system means; NULL: nothing */
 #endif

@@ -1,10 +1,8 @@
 /* check.c: owns `almond check`: looks the installation over and says what to do; it changes
  * nothing.  Runs as whoever calls it; a mailbox is read as its owner. */
 #include "almond.h"
-#include "tools.h"
 
 #if ENABLE_CHECK
-#include <sys/syscall.h>
 #include <sys/wait.h>
 
 static bool found;              /* something to do */
@@ -20,35 +18,6 @@ static void todo(const char *format, ...)
 	vfmt(text, sizeof text, format, ap);
 	va_end(ap);
 	print("  ! %s\n", text);
-}
-
-/* ---- directories ---- */
-
-/* The kernel's directory entry; libc's opendir wants malloc. */
-struct dirent_head {
-	uint64_t inode;
-	int64_t next;
-	unsigned short size;
-	unsigned char type;
-	char name[];
-};
-struct listing { int fd; long at, len; _Alignas(8) char buffer[4096]; };
-
-static const char *next_name(struct listing *l)
-{
-	const struct dirent_head *d;
-
-	do {
-		if (l->at == l->len) {
-			l->at = 0;
-			l->len = syscall(SYS_getdents64, l->fd, l->buffer, sizeof l->buffer);
-			if (l->len <= 0)
-				return NULL;
-		}
-		d = (const struct dirent_head *)(const void *)(l->buffer + l->at);
-		l->at += d->size;
-	} while (*d->name == '.');
-	return d->name;
 }
 
 static int open_dir(int dir, const char *name)
@@ -239,8 +208,6 @@ static bool check_spool_mode(int spool)
 
 /* ---- who else locks, and how ---- */
 
-/* As LOCK_ORDER names them. */
-enum { LOCK_FCNTL = 1, LOCK_DOT = 2, LOCK_FLOCK = 4 };
 static const uint8_t ours[] = { LOCK_ORDER };
 
 /* The locks that a program takes where nobody told it otherwise, as the sum of their numbers, and

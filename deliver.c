@@ -2,7 +2,6 @@
  * not at all.  Runs as the mailbox's owner: root's rights are given up before a message or a
  * mailbox is looked at. */
 #include "almond.h"
-#include "tools.h"
 
 #if ENABLE_DELIVER
 #include <signal.h>
@@ -369,12 +368,14 @@ static int become_user(const char *name, int spool, struct account *who)
 		log_line(L_ERROR, "%s: no such user; `almond passwd %s` makes one", name, name);
 		return EX_NOUSER_;
 	}
+	if (!err && !geteuid() && who->uid == conf.session_uid)
+		err = -EPERM;           /* a mailbox that nobody has yet, in root's spool: not the session user's either */
 	if (!err)
 		err = become(who->uid, who->gid);
 	if (err)
 		log_line(L_ERROR, "%s: %s", name, geteuid() ? "only root delivers to others" :
 		    "it would be root's; alias it, or chown mailbox or spool to a user");
-	return err ? EX_PERM : 0;
+	return err ? EX_TEMP : 0;
 }
 
 static int deliver(int spool, const char *box, const struct mail *m)
@@ -389,7 +390,9 @@ static int deliver(int spool, const char *box, const struct mail *m)
 		err = to_maildir(spool, box, m, there);
 	else
 		err = ENABLE_MBOX ? to_mbox(spool, box, m) : refuse(box, "no Maildir");
-	return !err ? 0 : err == REFUSED ? EX_TEMP : complain(err, box);
+	if (err && err != REFUSED)
+		complain(err, box);
+	return err ? EX_TEMP : 0;       /* whatever it is, someone can mend it: the mail waits, and does not bounce */
 }
 
 int tool_deliver(const struct wish *w)

@@ -11,10 +11,9 @@
 
 #if ENABLE_MBOX
 
-enum kind { LOCK_FCNTL, LOCK_DOT, LOCK_FLOCK };
-static const enum kind order[] = { LOCK_ORDER };
+static const uint8_t order[] = { LOCK_ORDER };
 
-static bool has(enum kind k)
+static bool has(uint8_t k)
 {
 	size_t i;
 

@@ -3,7 +3,6 @@
 #include "almond.h"
 
 #include <sys/mman.h>
-#include <sys/syscall.h>
 
 #if ENABLE_MAILDIR
 
@@ -147,31 +146,19 @@ static int list_add(struct list *l, const char *name, unsigned cur)
 	return 0;
 }
 
-/* The kernel's directory entry; not libc's opendir, which wants malloc. */
-struct dirent_head { uint64_t inode; int64_t next; unsigned short size; unsigned char type; char name[]; };
-
 static int list_dir(struct list *l, int maildir, unsigned cur)
 {
-	int fd = open_quiet(maildir, dirs[cur]), err = 0;
-	_Alignas(8) char buffer[4096];
-	const struct dirent_head *d;
-	long n, i;
+	struct listing in = { .fd = open_quiet(maildir, dirs[cur]) };
+	const char *name;
+	int err = 0;
 
-	if (fd < 0)
-		return fd == -ENOENT ? -ENOTDIR : fd;
-	while (!err && (n = syscall(SYS_getdents64, fd, buffer, sizeof buffer)) != 0) {
-		if (n < 0) {
-			err = -errno;
-			break;
-		}
-		for (i = 0; i < n && !err; i += d->size) {
-			d = (const struct dirent_head *)(const void *)(buffer + i);
-			if (*d->name != '.' && (d->type == 8 || d->type == 0))  /* DT_REG, DT_UNKNOWN */
-				err = list_add(l, d->name, cur);
-		}
-	}
-	close(fd);
-	return err;
+	if (in.fd < 0)
+		return in.fd == -ENOENT ? -ENOTDIR : in.fd;
+	while (!err && (name = next_name(&in)))
+		if (in.type == 8 || in.type == 0)
+			err = list_add(l, name, cur);
+	close(in.fd);
+	return err ? err : in.len < 0 ? -ENOTDIR : 0;
 }
 
 static void list_free(struct list *l)

@@ -577,14 +577,19 @@ static int bad_usage(void)
 	return EX_USAGE_;
 }
 
-static void default_accounts(void)
+int conf_fill(void)
 {
-	if (conf.users || conf.system)
-		return;
-	if (ENABLE_USERS && (!ENABLE_SYSTEM || access(USERS_FILE, F_OK) == 0))
-		conf.users = USERS_FILE;
-	else
-		conf.system = true;
+	if (!conf.users && !conf.system) {
+		if (ENABLE_USERS && (!ENABLE_SYSTEM || access(USERS_FILE, F_OK) == 0))
+			conf.users = USERS_FILE;
+		else
+			conf.system = true;
+	}
+	if ((conf.users && !ENABLE_USERS) || (conf.system && !ENABLE_SYSTEM)) {
+		log_line(L_ERROR, "this build knows no %s: see `almond -V`", conf.system ? "-s" : "-u");
+		return EX_CONF;
+	}
+	return session_user();
 }
 
 int main(int argc, char **argv)
@@ -628,12 +633,7 @@ int main(int argc, char **argv)
 	if (at < argc)
 		return bad_usage();
 	log_open(to_stderr || test);
-	default_accounts();
-	if ((conf.users && !ENABLE_USERS) || (conf.system && !ENABLE_SYSTEM)) {
-		log_line(L_ERROR, "this build knows no %s: see `almond -V`", conf.system ? "-s" : "-u");
-		return EX_CONF;
-	}
-	c = session_user();
+	c = conf_fill();
 	if (c)
 		return c;
 	if (test)

@@ -1,7 +1,6 @@
 /* passwd.c: owns `almond passwd`, which writes the users file: locked, the old file or the new one,
  * read back before it counts. Runs as whoever calls it. */
 #include "almond.h"
-#include "tools.h"
 
 #if ENABLE_PASSWD
 #include <poll.h>

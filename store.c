@@ -26,6 +26,27 @@ bool map_grow(void *p_, size_t old, size_t size)
 	return true;
 }
 
+struct dirent_head { uint64_t inode; int64_t next; unsigned short size; unsigned char type; char name[]; };
+
+/* libc's opendir wants malloc. */
+const char *next_name(struct listing *l)
+{
+	const struct dirent_head *d;
+
+	do {
+		if (l->at >= l->len) {
+			l->at = 0;
+			l->len = syscall(SYS_getdents64, l->fd, l->buffer, sizeof l->buffer);
+			if (l->len <= 0)
+				return NULL;
+		}
+		d = (const struct dirent_head *)(const void *)(l->buffer + l->at);
+		l->at += d->size;
+		l->type = d->type;
+	} while (*d->name == '.');
+	return d->name;
+}
+
 struct msg *box_add(struct box *b)
 {
 	uint32_t room = b->room ? b->room * 2 : 128;

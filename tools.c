@@ -1,7 +1,6 @@
 /* tools.c: owns what the tools share with each other and with main: options, plain output, the look
  * at the configuration.  Runs as whoever started the binary. */
 #include "almond.h"
-#include "tools.h"
 
 #include <sys/mman.h>
 #include <sys/statfs.h>
@@ -180,19 +179,12 @@ int users_find(int fd, const char *name, struct lines *l, struct user *u)
 #if ENABLE_TOOLS
 void tool_conf(const struct wish *w)
 {
-	struct account who;
-
 	if (w->value['d' & LETTER])
 		conf.spool = w->value['d' & LETTER];
 	conf.users = w->value['u' & LETTER];
 	conf.system = has_flag(w, 's');
-	if (ENABLE_USERS && !conf.users && !conf.system && access(USERS_FILE, F_OK) == 0)
-		conf.users = USERS_FILE;
-	conf.system |= !conf.users;
-	if (system_account(SESSION_USER, &who) == 0 || system_account("nobody", &who) == 0) {
-		conf.session_uid = who.uid;
-		conf.session_gid = who.gid;
-	}
+	if (conf_fill())
+		_exit(EX_CONF);
 }
 
 int complain(int err, const char *what)

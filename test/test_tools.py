@@ -535,10 +535,10 @@ def test_deliver_group_spool(spool):
 
 @needs_root
 def test_deliver_not_to_root(spool):
-    assert b'alias' in deliver(spool, 'root', code=77).stderr
+    assert b'alias' in deliver(spool, 'root', code=75).stderr
     os.chown(spool.path, 0, 0)
     (spool.path / 'user').write_bytes(b'')
-    deliver(spool, 'user', code=77)
+    deliver(spool, 'user', code=75)
     assert (spool.path / 'user').read_bytes() == b''
 
 
@@ -547,7 +547,7 @@ def test_deliver_not_to_others(spool):
     os.chmod(spool.path, 0o1777)
     spool.users_file.write_text('')
     spool.users_file.chmod(0o644)
-    deliver(spool, 'daemon', code=77, user=OWNER, group=GROUP, extra_groups=[])
+    deliver(spool, 'daemon', code=75, user=OWNER, group=GROUP, extra_groups=[])
     assert os.listdir(spool.path) == []
 
 
