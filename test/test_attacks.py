@@ -360,11 +360,12 @@ def box(tree):
 
 @mbox_only
 @pytest.mark.parametrize('start', STARTS)
-def test_replaced_by_rename(tree, box, start):
+@pytest.mark.parametrize('mails', [[TWO, ONE, THREE], [ONE, TWO, THREE]], ids=['other', 'copy'])
+def test_replaced_by_rename(tree, box, start, mails):
     """The new mailbox is another one: nothing is taken out of it."""
     with STARTS[start](tree) as server, server.pop('user') as pop:
         pop.ok('DELE 1')
-        tree.mails('fresh', [TWO, ONE, THREE]).rename(box)
+        tree.mails('fresh', mails).rename(box)
         before = picture(tree, committed=True)
         reply = pop.cmd('RETR 2')
         if reply.startswith('+OK'):

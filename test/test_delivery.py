@@ -282,11 +282,22 @@ def box(spool):
     return spool.mails('user', [ONE])
 
 
-def later(action):
-    """Do it in a moment: long enough that a server which does not wait has been there before."""
-    timer = threading.Timer(0.4, action)
-    timer.start()
-    return timer
+class Later:
+    """Do it in a moment: long enough that a server which does not wait has answered before."""
+
+    def __init__(self, *actions):
+        self.actions, self.begun = actions, False
+        self.timer = threading.Timer(0.4, self.act)
+        self.timer.start()
+
+    def act(self):
+        self.begun = True
+        for action in self.actions:
+            action()
+
+    def join(self):
+        assert self.begun, 'nobody waited'
+        self.timer.join()
 
 
 @mbox_only
@@ -297,11 +308,7 @@ def test_login_waits_for_delivery(box, serve, kind):
     mail = SEPARATOR + TWO + b'\n'
     with Holder(kind, box) as agent, server.pop() as pop:
         agent.write(mail[:-9])
-
-        def finish():
-            agent.write(mail[-9:])
-            agent.let_go()
-        timer = later(finish)
+        timer = Later(lambda: agent.write(mail[-9:]), agent.let_go)
         pop.login()
         timer.join()
         assert pop.multi('RETR 2') == TWO.replace(b'\n', b'\r\n')
@@ -318,12 +325,8 @@ def test_commit_waits_for_delivery(box, serve, kind):
         pop.ok('DELE 1')
         with Holder(kind, box) as agent:
             agent.write(mail[:-9])
-
-            def finish():
-                agent.write(mail[-9:])
-                agent.let_go()
-            timer = later(finish)
-            pop.quit()
+            timer = Later(lambda: agent.write(mail[-9:]), agent.let_go)
+            assert pop.cmd('QUIT').startswith('+OK')
             timer.join()
     assert box.read_bytes() == mail
 
@@ -410,6 +413,7 @@ def test_a_live_dot_lock_stays(box, serve, spool, what):
         while not stop.wait(0.1):
             if what.endswith('anew'):
                 other.write_text('0')
+                os.utime(other, (10**9, 10**9))
                 other.rename(lock)
             else:
                 os.utime(lock)
@@ -438,7 +442,7 @@ def test_a_spool_that_may_not_be_written(spool, serve):
     with server.pop('user') as pop:
         pop.ok('DELE 1')
         with Holder('fcntl', spool.path / 'user') as agent:
-            timer = later(agent.let_go)
+            timer = Later(agent.let_go)
             assert pop.quit().startswith('+OK')
             timer.join()
     assert spool.read('user') == SEPARATOR + TWO + b'\n'
