@@ -130,7 +130,7 @@
 #ifndef MAX_TRIES               /* logins tried on one connection */
 #define MAX_TRIES 3
 #endif
-#ifndef MAX_ERRORS              /* bad commands on one connection */
+#ifndef MAX_ERRORS              /* refused commands, one behind the other; then the line is cut */
 #define MAX_ERRORS 20
 #endif
 #ifndef MAX_SESSIONS            /* at a time, when alone; inetd has its own limit */

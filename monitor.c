@@ -312,7 +312,7 @@ static int answer_commit(void)
 static int answer_note(const struct question *q)
 {
 	static const char *const text[NOTE_COUNT] = {
-		"bad name refused",
+		"bad name or line refused",
 		"password in clear refused; allow the network with -n",
 		"another program changed the mailbox",
 		"mail unreadable",

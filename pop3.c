@@ -487,8 +487,11 @@ static enum verdict dispatch(struct session *s, char *line)
 	if (!(commands[i].legal & s->state))
 		return refuse(s, s->state == AUTHORIZATION ? "log in first" : "you are logged in already");
 	fault = argument(s, commands[i].arg, text, &a);
-	if (fault)
+	if (fault) {
+		if (commands[i].arg == NAME)
+			ask_note(NOTE_NAME, 0, 0);
 		return refuse(s, fault);
+	}
 	if (commands[i].run == do_pass)
 		s->named = named;
 	v = commands[i].run(s, &a);
@@ -508,9 +511,12 @@ static enum verdict next(struct session *s)
 			page->why = WHY_IDLE;
 		return DROP;
 	}
-	if (n < 0)
+	if (n < 0) {
+		if (s->state == AUTHORIZATION)
+			ask_note(NOTE_NAME, 0, 0);
 		return refuse(s, n == LINE_LONG ? "the line is too long, 255 octets are the limit" :
 		    "the line holds a NUL");
+	}
 	v = dispatch(s, line);
 	wipe(line, (size_t)n);
 	return v;
@@ -529,7 +535,8 @@ void pop3(struct wire *w)
 	wire_say(w, "+OK POP3 %s server ready%s%s", s.hello.host, *s.hello.stamp ? " " : "", s.hello.stamp);
 	while (v != LEAVE && v != DROP) {
 		v = next(&s);
-		if (v == SAID && ++s.errors >= MAX_ERRORS) {
+		s.errors = v == SAID ? s.errors + 1 : 0;
+		if (s.errors >= MAX_ERRORS) {
 			page->why = WHY_ERRORS;
 			refuse(&s, "too many errors");
 			v = LEAVE;
