@@ -205,8 +205,8 @@ TRICKS = {
     'new is a file': (odd_part('new', file_part), NO_MAILDIR),
     'cur is a file': (odd_part('cur', file_part), NO_MAILDIR),
     'new is a fifo': (odd_part('new', fifo), NO_MAILDIR),
-    'cur is a symlink': (odd_part('cur', symlink_to('spool')), NO_MAILDIR + '|symbolic link'),
-    'new is a symlink': (odd_part('new', symlink_to('spool')), NO_MAILDIR + '|symbolic link'),
+    'cur is a symlink': (odd_part('cur', symlink_to('spool')), NO_MAILDIR + '|symbolic link|unreadable'),
+    'new is a symlink': (odd_part('new', symlink_to('spool')), NO_MAILDIR + '|symbolic link|unreadable'),
 }
 FOR_ROOT = ('zero device', 'terminal', 'foreign', 'foreign, readable', 'foreign Maildir')
 OF_MBOX = ('hard link to another\'s', 'hard link to one\'s own', 'foreign', 'foreign, readable', 'unreadable')
@@ -429,18 +429,27 @@ def test_truncated(tree, box, start, left):
     assert picture(tree, committed=True) == before
 
 
+def drain(pop):
+    """How much comes until the line ends, and the last five octets."""
+    count, end = 0, pop.buffer
+    while data := pop.sock.recv(1 << 20):
+        count += len(data)
+        end = (end + data)[-5:]
+    return count, end[-5:]
+
+
 @mbox_only
 @pytest.mark.parametrize('start', STARTS)
 def test_truncated_inside_a_retr(tree, start):
     """The line is cut without the final dot: the client knows that it has not got the message."""
-    big = b'Subject: big\n\n' + b'0123456789abcdef' * 4096 * 512 + b'\n'
+    big = b'Subject: big\n\n' + b'0123456789abcdef' * 4096 * 400 + b'\n'
     box = tree.mails('user', [ONE, big, THREE])
     with STARTS[start](tree) as server, server.pop('user') as pop:
         pop.send('RETR 2\r\n')
         pop.raw_line()
         os.truncate(box, 4096)
-        rest = pop.rest()
-        assert not rest.endswith(b'\r\n.\r\n') and len(rest) < len(big)
+        count, end = drain(pop)
+        assert end != b'\r\n.\r\n' and count < len(big)
         server.wait_log('another program changed the mailbox')
     assert box.stat().st_size == 4096
 
@@ -449,15 +458,15 @@ def test_truncated_inside_a_retr(tree, start):
 @pytest.mark.parametrize('start', STARTS)
 def test_rewritten_inside_a_retr(tree, start):
     """The same length, other mail: the final dot does not come."""
-    big = b'Subject: big\n\n' + b'0123456789abcdef' * 4096 * 512 + b'\n'
+    big = b'Subject: big\n\n' + b'0123456789abcdef' * 4096 * 400 + b'\n'
     box = tree.mails('user', [ONE, big, THREE])
     with STARTS[start](tree) as server, server.pop('user') as pop:
         pop.send('RETR 2\r\n')
         pop.raw_line()
         with box.open('r+b') as f:
             f.write(box.read_bytes().replace(b'Subject: big', b'Subject: BIG'))
-        rest = pop.rest()
-        assert not rest.endswith(b'\r\n.\r\n')
+        count, end = drain(pop)
+        assert end != b'\r\n.\r\n' and count
         server.wait_log('another program changed the mailbox')
 
 
