@@ -53,7 +53,7 @@ endif
 SMALL_LD = -static -no-pie -s -flto-partition=one -Wl,--gc-sections,--build-id=none,-z,noseparate-code,-z,norelro,-z,common-page-size=256,--hash-style=gnu,-O1
 
 # The tests' build waits less; FAIL_DELAY and the like are in milliseconds.
-TEST_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=3000 -DLOCK_STALE=1500 -DPASSWD_TIME=5 \
+TEST_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=3000 -DLOCK_STALE=1500 -DLOCK_OLD=0 -DPASSWD_TIME=5 \
 	-DRUN_DIR='"/run/almond-test"'
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 

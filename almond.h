@@ -56,6 +56,8 @@ extern struct counters *counters;
  * Does nothing and returns 0 where we are that user already.  -EPERM: not root, or uid would be 0. */
 int become(uid_t uid, gid_t gid);
 
+/* The empty directory that root's sessions have for a root: made where it is missing.  False: it cannot be had. */
+bool make_empty_root(void);
 /* What a session's process does before it hears the client: an empty root and conf's session user, where we are root.  Exits
  * where that fails. */
 void become_session(void);
@@ -217,8 +219,9 @@ struct lock {
 int lock_take(struct lock *, int dir, const char *box, int fd);
 void lock_touch(struct lock *); /* during long work, often: keeps the dot-lock young */
 void lock_drop(struct lock *);
-/* Does the dot-lock `file` name a process that lives, in this boot? */
-bool lock_alive(int dir, const char *file);
+/* What is known of the process that the dot-lock `file` names. */
+enum { OWNER_DEAD, OWNER_LIVES, OWNER_UNKNOWN };
+int lock_owner(int dir, const char *file);
 /* The mailbox's state while no one delivers to it, without a write anywhere: fd may be read-only. */
 int lock_snapshot(int dir, const char *box, int fd, struct stat *);
 
@@ -379,6 +382,7 @@ int wire_line(struct wire *, char **line);
 void wire_put(struct wire *, const void *, size_t);
 void wire_say(struct wire *, const char *format, ...) __attribute__((format(printf, 2, 3)));   /* a line; adds CRLF */
 void wire_flush(struct wire *);
+void wire_forget(struct wire *);        /* wipe what in_buffer no longer needs: a password was in it */
 
 /* Room for message octets in the back of out_buffer: at least 1024, flushing where needed; *n gets how many may be put there. */
 char *wire_room(struct wire *, size_t *n);

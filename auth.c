@@ -5,7 +5,7 @@
 /* What was found while all of a file was read: no early end, so that the time does not tell where a name stands. */
 struct search {
 	const char *name;
-	bool found;
+	bool found, by_file;
 	struct account who;
 	char verifier[MAX_VERIFIER];
 	uint64_t cost;                  /* of the dearest verifier, which is worked on for an unknown name */
@@ -90,7 +90,8 @@ static int users_search(struct search *s)
 			consider(s, u.name, u.box, u.verifier);
 	close(l.fd);
 	wipe(&l, sizeof l);
-	return s->found ? auth_owner(&s->who) : 0;
+	s->by_file = s->found;
+	return 0;
 }
 
 int users_check(const char *path, unsigned *faults)
@@ -247,6 +248,18 @@ static int search(struct search *s, const char *name)
 	return err;
 }
 
+/* The end of a search: only who gave the right secret learns that his mailbox is nobody's. */
+static int accepted(struct search *s, struct account *who, int err)
+{
+	if (!err && s->by_file)
+		err = auth_owner(&s->who);
+	if (err == -EPERM)
+		log_line(L_ERROR, "mailbox %s and the spool belong to root; chown one to a user", s->who.box);
+	*who = s->who;
+	wipe(s, sizeof *s);
+	return err;
+}
+
 int auth_password(const char *name, const char *secret, size_t n, struct account *who)
 {
 	struct search s;
@@ -258,12 +271,8 @@ int auth_password(const char *name, const char *secret, size_t n, struct account
 			log_line(L_WARN, "user %s: the password format %s is not built in", s.who.name,
 			    verify_scheme(s.verifier));
 		err = s.found && right > 0 && n ? 0 : -EACCES;
-		*who = s.who;
 	}
-	if (err == -EPERM)
-		log_line(L_ERROR, "mailbox %s and the spool belong to root; chown one to a user", s.who.box);
-	wipe(&s, sizeof s);
-	return err;
+	return accepted(&s, who, err);
 }
 
 #if ENABLE_APOP
@@ -281,9 +290,7 @@ int auth_apop(const char *name, const char *stamp, const uint8_t digest[MD5_SIZE
 	hash_end(&h, want);
 	if (!err && (!same(want, digest, sizeof want) || !s.found || !plain))
 		err = -EACCES;
-	*who = s.who;
-	wipe(&s, sizeof s);
-	return err;
+	return accepted(&s, who, err);
 }
 
 /* Clients that see a stamp use APOP and fall back to nothing, so it must be right for everybody. */

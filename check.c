@@ -153,7 +153,7 @@ static void read_as_owner(int spool, const char *name, const struct stat *st)
 /* NAME.lock: does the process that made it live? */
 static void check_lock(int spool, const char *name)
 {
-	if (ENABLE_MBOX && lock_alive(spool, name))
+	if (ENABLE_MBOX && lock_owner(spool, name) == OWNER_LIVES)
 		print("%s: a living process holds it\n", name);
 	else
 		todo("%s: a lock of no living process; remove it if it stays", name);
@@ -201,6 +201,8 @@ static bool check_spool_mode(int spool)
 	found |= fs_warning(spool) != NULL;
 	if ((st.st_mode & S_IWOTH) && !(st.st_mode & S_ISVTX))
 		todo("everybody may remove everybody's mail; chmod +t it");
+	if (st.st_mode & S_IWOTH && conf.users)
+		todo("anybody can put a mailbox there in another's name; chgrp mail and chmod 2775 it");
 	if (!(st.st_mode & (S_IWOTH | S_IWGRP)))
 		print("  only its owner can make mailboxes and dot-locks in it\n");
 	return st.st_mode & (S_IWOTH | S_IWGRP) || st.st_uid;

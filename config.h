@@ -66,7 +66,7 @@
 #endif
 
 /* Two processes a session, so that the one that reads the network can open no file.  0 saves a process where memory is
- * short: a bug in the protocol's code is then a bug with the user's rights. */
+ * short: a bug in the protocol's code is then a bug with the user's rights, before the login with root's. */
 #ifndef ENABLE_PRIVSEP
 #define ENABLE_PRIVSEP 1
 #endif
@@ -123,6 +123,10 @@
 #ifndef LOCK_STALE              /* a dot-lock of no living process that stayed the same for so long, while the kernel's locks
                                  * were free, is removed; must be below LOCK_WAIT */
 #define LOCK_STALE 15000
+#endif
+#ifndef LOCK_OLD                /* seconds: what a dot-lock that names no process must be old, by the wall clock, to be stale; others
+                                 * (liblockfile) wait for 5 minutes */
+#define LOCK_OLD 300
 #endif
 #ifndef FAIL_DELAY              /* a failed login is answered no sooner than this, times the tries so far */
 #define FAIL_DELAY 1000

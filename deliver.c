@@ -304,7 +304,7 @@ static int write_maildir(int tmp, int new, const struct mail *m)
 	put(&o, m->p, (size_t)(m->end - m->p));
 	if (!o.err && (fsync(o.fd) < 0 || renameat(tmp, name, new, name) < 0))
 		o.err = -errno;
-	else if (!o.err && fsync(new) < 0) {
+	else if (!o.err && fsync(new) < 0 && errno != EINVAL) {
 		o.err = -errno;
 		unlinkat(new, name, 0);
 	}

@@ -23,6 +23,14 @@ static bool has(uint8_t k)
 	return false;
 }
 
+/* ABSENT: this kind of lock is not to be had here, and is left out. */
+enum { ABSENT = 1 };
+
+static int missing(int err)
+{
+	return err == -ENOLCK || err == -EINVAL || err == -EOPNOTSUPP ? ABSENT : err;
+}
+
 /* An open file description's lock where the kernel has them (3.15): it is not lost when another descriptor of the file is
  * closed, and conflicts with the classic ones that delivery agents take. */
 static int lock_fcntl(int fd, short type)
@@ -32,7 +40,7 @@ static int lock_fcntl(int fd, short type)
 
 	if (r < 0 && errno == EINVAL)
 		r = control(fd, F_SETLK, (long)&f);
-	return r < 0 ? -errno : 0;
+	return r < 0 ? missing(-errno) : 0;
 }
 
 /* On NFS flock is an fcntl lock in disguise, and would wait for our own. */
@@ -41,8 +49,8 @@ static int lock_flock(int fd, int how)
 	struct statfs fs;
 
 	if (fstatfs(fd, &fs) == 0 && fs.f_type == 0x6969)
-		return 0;
-	return flock(fd, how | LOCK_NB) < 0 ? -errno : 0;
+		return ABSENT;
+	return flock(fd, how | LOCK_NB) < 0 ? missing(-errno) : 0;
 }
 
 /* ---- dot-locks ---- */
@@ -57,16 +65,15 @@ static void boot_id(char *to, size_t room)
 		close(fd);
 }
 
-/* Is the process that a dot-lock names alive?  Ours names the boot too: after a reboot its pid means nothing.  0 and no
- * number (procmail) say nothing, and count as "no". */
-bool lock_alive(int dir, const char *file)
+/* Ours names the boot too: after a reboot its pid means nothing.  0 and no number (procmail, mutt) say nothing. */
+int lock_owner(int dir, const char *file)
 {
 	int fd = open_quiet(dir, file), pid = 0;
 	char text[80], id[40], *p = text;
 	ssize_t n;
 
 	if (fd < 0)
-		return false;
+		return OWNER_UNKNOWN;
 	n = read(fd, text, sizeof text - 1);
 	close(fd);
 	text[n < 0 ? 0 : n] = 0;
@@ -74,8 +81,8 @@ bool lock_alive(int dir, const char *file)
 		pid = pid * 10 + *p++ - '0';
 	boot_id(id, sizeof id);
 	if (*p == '\n' && p[1] && *id && strcmp(p + 1, id) != 0)
-		return false;
-	return pid > 0 && (kill(pid, 0) == 0 || errno == EPERM);
+		return OWNER_DEAD;
+	return !pid ? OWNER_UNKNOWN : kill(pid, 0) == 0 || errno == EPERM ? OWNER_LIVES : OWNER_DEAD;
 }
 
 static int dot_make(struct lock *l)
@@ -85,17 +92,27 @@ static int dot_make(struct lock *l)
 
 	l->dot = openat(l->dir, l->file, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0444);
 	if (l->dot < 0)
-		return errno == EEXIST ? -EBUSY : -errno;
+		return errno == EEXIST ? -EBUSY : errno == EACCES || errno == EPERM || errno == ENOSPC || errno == EDQUOT ?
+		    ABSENT : -errno;
 	l->touched = now();
 	n = fmt(text, sizeof text, "%d\n", (int)getpid());
 	boot_id(text + n, sizeof text - n);
 	n = strlen(text);
 	l->end = (off_t)n - 1;
-	return write_all(l->dot, text, n);
+	write_all(l->dot, text, n);     /* on a full disk it stays empty, and is a lock all the same */
+	return 0;
 }
 
-/* A foreign dot-lock, watched while the kernel's locks are ours: stale when it stayed the same for LOCK_STALE. */
+/* A foreign dot-lock, watched while the kernel's locks are ours: stale when it stayed the same for LOCK_STALE, and, where
+ * nobody knows whose it is, has the age that other programs wait for (or a time that is no time). */
 struct watch { ino_t inode; struct timespec time; uint64_t since; };
+
+static bool in_use(int dir, const char *file, int64_t age)
+{
+	int owner = lock_owner(dir, file);
+
+	return owner == OWNER_LIVES || (owner == OWNER_UNKNOWN && age >= 0 && age < LOCK_OLD);
+}
 
 static void dot_watch(struct watch *w, int dir, const char *file)
 {
@@ -104,7 +121,7 @@ static void dot_watch(struct watch *w, int dir, const char *file)
 	if (fstatat(dir, file, &st, AT_SYMLINK_NOFOLLOW) < 0)
 		return;
 	if (!w->since || st.st_ino != w->inode || st.st_mtim.tv_sec != w->time.tv_sec ||
-	    st.st_mtim.tv_nsec != w->time.tv_nsec || lock_alive(dir, file)) {
+	    st.st_mtim.tv_nsec != w->time.tv_nsec || in_use(dir, file, (int64_t)(wall_clock() / 1000) - st.st_mtim.tv_sec)) {
 		w->inode = st.st_ino;
 		w->time = st.st_mtim;
 		w->since = now();
@@ -117,22 +134,23 @@ static void dot_watch(struct watch *w, int dir, const char *file)
 
 /* ---- all of them ---- */
 
-/* One try.  A dot-lock in a directory that we may not write is left out: the kernel's locks then are what there is. */
+/* One try.  What cannot be had here (a dot-lock in a directory that we may not write) is left out, but not all of them. */
 static int lock_try(struct lock *l, struct watch *w)
 {
+	bool any = false;
 	size_t i;
 	int err = 0;
 
-	for (i = 0; i < LEN(order) && !err; i++) {
+	for (i = 0; i < LEN(order) && err >= 0; i++) {
 		if (order[i] == LOCK_FCNTL)
 			err = lock_fcntl(l->fd, F_WRLCK);
 		else if (order[i] == LOCK_FLOCK)
 			err = lock_flock(l->fd, LOCK_EX);
 		else
 			err = dot_make(l);
-		if (order[i] == LOCK_DOT && (err == -EACCES || err == -EPERM) && LEN(order) > 1)
-			err = 0;
+		any |= !err;
 	}
+	err = err < 0 ? err : any ? 0 : -ENOLCK;
 	l->held = true;
 	if (err == -EBUSY)
 		dot_watch(w, l->dir, l->file);
@@ -155,8 +173,9 @@ static int snapshot_try(struct lock *l, struct stat *st, struct watch *w)
 	struct stat before;
 	int err = has(LOCK_FCNTL) ? lock_fcntl(l->fd, F_RDLCK) : 0;
 
-	if (!err && has(LOCK_FLOCK))
+	if (err >= 0 && has(LOCK_FLOCK))
 		err = lock_flock(l->fd, LOCK_SH);
+	err = err < 0 ? err : 0;
 	if (!err && dot_held(l)) {
 		dot_watch(w, l->dir, l->file);
 		err = -EBUSY;
@@ -176,12 +195,11 @@ static bool again(int err)
 /* Wait a little longer each time; a bit at random, so that two who wait for each other's locks do not meet for ever. */
 static bool wait_more(unsigned *pause, uint64_t end)
 {
-	uint8_t r = 0;
+	uint64_t t = now();
 
-	if (now() >= end)
+	if (t >= end)
 		return false;
-	random_bytes(&r, 1);
-	nap(*pause + r % (*pause + 1));
+	nap(*pause + (unsigned)(t ^ (unsigned)getpid()) % (*pause + 1));
 	*pause = *pause < 250 ? *pause * 2 : 250;
 	return true;
 }
@@ -223,12 +241,16 @@ void lock_touch(struct lock *l)
 
 void lock_drop(struct lock *l)
 {
+	struct stat mine, there;
+
 	if (!l->held)
 		return;
 	if (has(LOCK_FLOCK))
 		flock(l->fd, LOCK_UN);
 	if (l->dot >= 0) {
-		unlinkat(l->dir, l->file, 0);
+		if (fstat(l->dot, &mine) == 0 && fstatat(l->dir, l->file, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+		    mine.st_ino == there.st_ino)        /* else someone broke it, and holds his own */
+			unlinkat(l->dir, l->file, 0);
 		close(l->dot);
 	}
 	if (has(LOCK_FCNTL))
@@ -282,7 +304,7 @@ static int session_ask(const struct sockaddr_un *a, socklen_t n, uid_t uid)
 	if (connect(fd, (const struct sockaddr *)a, n) < 0)
 		err = errno == EAGAIN ? -EBUSY : 0;
 	else if (peer_is(fd, uid))
-		err = poll(&p, 1, 2000) == 1 && read(fd, &c, 1) == 0 ? 0 : -EBUSY;
+		err = poll(&p, 1, 2000) == 1 && read(fd, &c, 1) <= 0 ? 0 : -EBUSY;
 	close(fd);
 	return err;
 }

@@ -153,7 +153,7 @@ static int list_dir(struct list *l, int maildir, unsigned cur)
 	int err = 0;
 
 	if (in.fd < 0)
-		return in.fd == -ENOENT ? -ENOTDIR : in.fd;
+		return in.fd == -ENOENT || in.fd == -ELOOP ? -ENOTDIR : in.fd;
 	while (!err && (name = next_name(&in)))
 		if (in.type == 8 || in.type == 0)
 			err = list_add(l, name, cur);

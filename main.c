@@ -46,11 +46,14 @@ int become(uid_t uid, gid_t gid)
 	return take(uid, gid, with, &st.st_gid);
 }
 
-/* The directory for what need not outlive a reboot, and an empty one in it. */
+bool make_empty_root(void)
+{
+	return (mkdir(RUN_DIR, 0700) == 0 || errno == EEXIST) && (mkdir(RUN_DIR "/empty", 0555) == 0 || errno == EEXIST);
+}
+
 static bool empty_root(void)
 {
-	return chroot(RUN_DIR "/empty") == 0 || ((mkdir(RUN_DIR, 0700) == 0 || errno == EEXIST) &&
-	    (mkdir(RUN_DIR "/empty", 0555) == 0 || errno == EEXIST) && chroot(RUN_DIR "/empty") == 0);
+	return chroot(RUN_DIR "/empty") == 0 || (make_empty_root() && chroot(RUN_DIR "/empty") == 0);
 }
 
 void become_session(void)
@@ -531,8 +534,10 @@ static int start_alone(char *const listeners[], unsigned n, bool foreground)
 
 	if (client >= 0)
 		return monitor(client, client);
-	if (!listen_count && !n && socket_option(0, SO_ACCEPTCONN) > 0)
+	if (!listen_count && !n && socket_option(0, SO_ACCEPTCONN) > 0) {
+		control(0, F_SETFL, control(0, F_GETFL, 0) | O_NONBLOCK);
 		listening[listen_count++] = 0;
+	}
 	if (!listen_count && !n && !foreground && socket_option(0, SO_TYPE) >= 0)
 		return -1;
 	return alone(listeners, n, foreground || listen_count);
@@ -599,6 +604,9 @@ int main(int argc, char **argv)
 	unsigned n = 0;
 	int at = 1, c;
 
+	while ((c = open_at(AT_FDCWD, "/dev/null", O_RDWR)) >= 0 && c < 3)
+		;               /* no socket of ours may be taken for standard input */
+	close(c);
 	umask(077);
 	if (argc > 1 && (c = tool(argc - 1, argv + 1)) >= 0)
 		return c;
@@ -630,7 +638,7 @@ int main(int argc, char **argv)
 		default: return bad_usage();
 		}
 	}
-	if (at < argc)
+	if (at < argc || (!ENABLE_ALONE && n))
 		return bad_usage();
 	log_open(to_stderr || test);
 	c = conf_fill();

@@ -234,8 +234,6 @@ static int mbox_index(struct box *b)
 	uint32_t i;
 	int err;
 
-	if (b->fd < 0)
-		return 0;
 	err = piece_open(&c.s);
 	if (err)
 		return err;
@@ -258,8 +256,10 @@ const struct store mbox_store = { true, mbox_index, mbox_look, mbox_gone };
 int mbox_fits(struct pieces *s, int fd, const struct gone *g, uint64_t size)
 {
 	uint64_t end = g->at + g->size;
-	char next[5];
+	char next[9];
+	const char *p = next;
 	struct sum sum;
+	ssize_t n;
 	int more;
 
 	sum_init(&sum);
@@ -278,9 +278,12 @@ int mbox_fits(struct pieces *s, int fd, const struct gone *g, uint64_t size)
 		return more;
 	if (sum_end(&sum) != g->sum)
 		return -EAGAIN;
-	if (end < size && (pread(fd, next, 5, (off_t)end) != 5 || memcmp(next, "From ", 5)))
-		return -EAGAIN;
-	return 0;
+	n = pread(fd, next, sizeof next, (off_t)end);
+	if (n < 0)
+		return -errno;
+	while (end == size && n && (*p == '\n' || *p == '\r'))
+		p++, n--;       /* what a delivery since then put in front of its separator */
+	return (n || end < size) && (n < 5 || memcmp(p, "From ", 5)) ? -EAGAIN : 0;
 }
 
 /* ---- the monitor's side ---- */

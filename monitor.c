@@ -100,6 +100,8 @@ int ask_open(struct box *b)
 	ask(&q, &a, &b->fd);
 	if (a.err == -ENOENT)   /* no mailbox is an empty one */
 		return 0;
+	if (!a.err && !a.maildir && b->fd < 0)
+		return -EIO;
 	b->store = stores[a.maildir & 1];
 	b->size = a.size;
 	b->seen = a.u.seen;
@@ -211,6 +213,11 @@ static int take_identity(void)
 	return err;
 }
 
+static void count(uint32_t *counter, uint32_t n)
+{
+	__atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
+
 static int answer_login(struct question *q)
 {
 	bool apop = q->op == APOP;
@@ -230,11 +237,12 @@ static int answer_login(struct question *q)
 		err = auth_password(q->u.login.name, q->u.login.secret, n, &m.who);
 	wipe(q->u.login.secret, sizeof q->u.login.secret);
 	if (!err) {
-		m.stage = KNOWN;
-		counters->logins++;
-		return take_identity();
+		count(&counters->logins, 1);
+		err = take_identity();
+		m.stage = err ? DONE : KNOWN;
+		return err;
 	}
-	counters->failures++;
+	count(&counters->failures, 1);
 	log_line(L_NOTE, "auth fail user=%s rip=%s method=%s",
 	    escape(name, sizeof name, q->u.login.name, strlen(q->u.login.name)), m.addr, m.method);
 	start += FAIL_DELAY * m.tries;
@@ -292,7 +300,7 @@ static int commit(void)
 /* Whatever comes of it, the session is over: who comes next need not wait until the line is closed. */
 static int answer_commit(void)
 {
-	static const int all[] = { SIGTERM, SIGINT, SIGHUP, SIGPIPE, 0 };
+	static const int all[] = { SIGTERM, SIGINT, SIGHUP, SIGPIPE, SIGXFSZ, 0 };
 	int err;
 
 	if (!ENABLE_PRIVSEP)
@@ -304,7 +312,7 @@ static int answer_commit(void)
 		close(m.lock);
 	m.lock = -ENOLCK;
 	if (err)
-		log_line(L_ERROR, "commit user=%s rip=%s: %s; no mail was lost, log in again",
+		log_line(L_ERROR, "commit user=%s rip=%s: %s; log in again",
 		    m.who.name, m.addr, reason(err));
 	return err;
 }
@@ -438,8 +446,8 @@ static void ended(void)
 	static const char *const why[WHY_COUNT] = { "lost", "quit", "idle", "errors", "store", "taken over", "stopped" };
 	uint32_t w = page->why;
 
-	counters->retrieved += page->retr;
-	counters->deleted += m.gones ? page->dele : 0;
+	count(&counters->retrieved, page->retr);
+	count(&counters->deleted, m.gones ? page->dele : 0);
 	if (m.stage < KNOWN)
 		return;
 	log_line(L_INFO, "end user=%s rip=%s method=%s tls=no retr=%u top=%u dele=%u left=%u bytes=%llu secs=%llu why=%s",
@@ -461,22 +469,22 @@ static bool asked(void)
 
 static int serve(int in, int out)
 {
-	int on = 1, stall = SEND_STALL;
+	int on = 1, stall = SEND_STALL, rest = 32;
+	struct stat st;
+	bool waits = fstat(out, &st) < 0 || !(S_ISSOCK(st.st_mode) || S_ISFIFO(st.st_mode));
 
 	wire.in = in;
 	wire.out = out;
 	wire.pulse = &page->pulse;
 	*wire.pulse = (uint32_t)(now() / 1000);
-	if (setsockopt(out, 6, 1, &on, sizeof on) < 0) {        /* IPPROTO_TCP, TCP_NODELAY: replies are whole */
-		pop3(&wire);
-		return 0;
-	}
+	setsockopt(out, 6, 1, &on, sizeof on);                  /* IPPROTO_TCP, TCP_NODELAY: replies are whole */
 	setsockopt(out, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
 	setsockopt(out, 6, 18, &stall, sizeof stall);           /* TCP_USER_TIMEOUT: a vanished peer's line ends */
-	control(out, F_SETFL, control(out, F_GETFL, 0) | O_NONBLOCK);
+	if (!waits)
+		control(out, F_SETFL, control(out, F_GETFL, 0) | O_NONBLOCK);
 	pop3(&wire);
-	while (read(in, wire.in_buffer, sizeof wire.in_buffer) > 0)     /* what was not heard would reset the line */
-		;
+	while (!waits && in == out && rest-- && read(in, wire.in_buffer, sizeof wire.in_buffer) > 0)
+		;               /* what was not heard would reset the line */
 	return 0;
 }
 
@@ -554,7 +562,7 @@ static void close_from(int fd)
 /* The session's descriptors: 0 and 1 the client, 2 for a last word, 3 the monitor; nothing else. */
 static int session(int in, int out, int chan)
 {
-	static const int blocked[] = { SIGPIPE, SIGHUP, SIGUSR1, 0 };
+	static const int blocked[] = { SIGPIPE, SIGHUP, SIGUSR1, SIGINT, SIGTERM, 0 };
 	int null = open_at(AT_FDCWD, "/dev/null", O_RDWR);
 
 	become_session();
@@ -610,7 +618,7 @@ static void answer_all(int signals)
 
 static int run(int in, int out)
 {
-	static const int signals[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE, 0 };
+	static const int signals[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE, SIGXFSZ, 0 };
 	int pair[2], status = 0, null, signal_fd = signal_open(signals);
 	pid_t child;
 
@@ -639,9 +647,9 @@ static int run(int in, int out)
 		close(m.lock);
 	while (waitpid(child, &status, 0) < 0 && errno == EINTR)
 		;
-	if (WIFSIGNALED(status))
-		log_line(L_ERROR, "session user=%s rip=%s died by signal %d: please report; the mail is as it was",
-		    *m.who.name ? m.who.name : "-", m.addr, WTERMSIG(status));
+	if (status && page->why != WHY_TAKEN && page->why != WHY_STOP)
+		log_line(L_ERROR, "session user=%s rip=%s died, status %d: please report; the mail is as it was",
+		    *m.who.name ? m.who.name : "-", m.addr, status);
 	return 0;
 }
 

@@ -399,6 +399,7 @@ static int names(struct job *j)
 {
 	static char dir[PATH_MAX];
 	const char *fault, *slash = find_last(j->path, '/');
+	size_t n = slash ? (size_t)(slash - j->path) + 2 : 3;
 
 	j->box = find(j->name, '/');
 	if (j->box)
@@ -413,8 +414,7 @@ static int names(struct job *j)
 		return EX_DATA;
 	}
 	j->base = slash ? slash + 1 : j->path;
-	fmt(dir, sizeof dir, "%s", slash ? j->path : "./");
-	dir[slash ? slash - j->path + 1 : 2] = 0;
+	fmt(dir, n < sizeof dir ? n : sizeof dir, "%s", slash ? j->path : "./");
 	j->dir = open_at(AT_FDCWD, dir, O_RDONLY | O_DIRECTORY);
 	return j->dir < 0 ? complain(j->dir, dir) : 0;
 }

@@ -115,7 +115,7 @@ static enum verdict entered(struct session *s, int err)
 	if (err == -EMFILE || err == -EFBIG)
 		ask_note(NOTE_FULL, MAX_MESSAGES, err);
 	else if (err != -EBUSY && err != -EPERM)
-		ask_note(NOTE_READ, 0, err);
+		ask_note(err == -EAGAIN ? NOTE_CHANGED : NOTE_READ, 0, err);
 	refuse(s, err == -EBUSY ? "[IN-USE] the mailbox is in use, try again soon" :
 	    err == -EPERM || err == -EMFILE || err == -EFBIG ?
 	    "[SYS/PERM] the mailbox cannot be served, ask its administrator" :
@@ -356,6 +356,9 @@ static enum verdict do_quit(struct session *s, const struct args *a)
 	int err = 0;
 
 	(void)a;
+	wire_flush(s->w);       /* what did not reach the client is not deleted */
+	if (s->w->err)
+		return DROP;
 	if (s->state == TRANSACTION) {
 		err = ask_commit(&s->box);
 		page->left = left(s, &octets);
@@ -512,6 +515,7 @@ static enum verdict next(struct session *s)
 		return DROP;
 	}
 	if (n < 0) {
+		s->named = false;
 		if (s->state == AUTHORIZATION)
 			ask_note(NOTE_NAME, 0, 0);
 		return refuse(s, n == LINE_LONG ? "the line is too long, 255 octets are the limit" :
@@ -544,6 +548,7 @@ void pop3(struct wire *w)
 		if (v == ENTER) {
 			s.state = TRANSACTION;
 			w->deadline = 0;
+			wire_forget(w);
 		}
 	}
 	if (v == LEAVE)

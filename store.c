@@ -120,6 +120,8 @@ static int piece_fill(struct pieces *s)
 		return n ? -errno : -EAGAIN;
 	s->to += (size_t)n;
 	s->at += (size_t)n;
+	if (page)
+		page->pulse = (uint32_t)(now() / 1000);         /* a long scan is no silence of the client's */
 	return 0;
 }
 
@@ -318,6 +320,8 @@ static int uid_all(struct box *b)
 		err = uid_count(u, b->count);
 	if (!err)
 		b->uid = u;
+	else
+		munmap(u, b->count * sizeof *u);
 	return err;
 }
 

@@ -209,20 +209,21 @@ static int log_connect(void)
 }
 
 /* Under inetd standard error is the client: it must never see a log line. */
-static bool is_client(int fd)
+static bool is_client(void)
 {
-	struct stat st;
+	struct stat in, err;
 
-	return fstat(fd, &st) < 0 || S_ISSOCK(st.st_mode);
+	return fstat(2, &err) < 0 || (fstat(0, &in) == 0 && S_ISSOCK(in.st_mode) && in.st_dev == err.st_dev &&
+	    in.st_ino == err.st_ino);
 }
 
 void log_open(bool to_stderr)
 {
-	log_stderr = to_stderr;
-	if (!to_stderr)
+	bool may = !is_client();
+
+	if (!to_stderr || !may)
 		log_fd = log_connect();
-	if (log_fd < 0 && !is_client(2))
-		log_stderr = true;
+	log_stderr = may && log_fd < 0;
 }
 
 bool log_open_stderr(void)

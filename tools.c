@@ -153,6 +153,10 @@ int check_conf(void)
 {
 	int code = check_spool();
 
+	if (!code && geteuid() == 0 && !make_empty_root()) {
+		log_line(L_ERROR, RUN_DIR "/empty: %s; make it, sessions need it", reason(errno));
+		code = EX_CONF;
+	}
 	if (ENABLE_USERS && !code && conf.users)
 		code = check_users();
 	if (ENABLE_SYSTEM && !code && conf.system)

@@ -83,6 +83,8 @@ int wire_line(struct wire *w, char **line)
 	size_t n;
 
 	for (;;) {
+		if (w->err)
+			return LINE_GONE;
 		start = w->in_buffer + w->in_at;
 		end = memchr(start, '\n', w->in_len);
 		if (end)
@@ -107,6 +109,12 @@ int wire_line(struct wire *w, char **line)
 	return nul ? LINE_NUL : (int)(end - start);
 }
 
+void wire_forget(struct wire *w)
+{
+	wipe(w->in_buffer, w->in_at);
+	wipe(w->in_buffer + w->in_at + w->in_len, sizeof w->in_buffer - w->in_at - w->in_len);
+}
+
 void wire_flush(struct wire *w)
 {
 	size_t at = 0;
@@ -119,7 +127,7 @@ void wire_flush(struct wire *w)
 			w->sent += (uint64_t)n;
 			beat(w);
 		} else if (n < 0 && errno == EAGAIN) {
-			w->err = wire_wait(w, w->out, POLLOUT, SEND_STALL, 0);
+			w->err = wire_wait(w, w->out, POLLOUT, SEND_STALL, w->deadline);
 		} else if (n < 0 && errno != EINTR) {
 			w->err = -errno;
 		}
