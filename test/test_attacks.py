@@ -79,7 +79,7 @@ def picture(spool, committed=False):
         times = (st.st_mtime_ns, st.st_ctime_ns) + ((st.st_atime_ns,) if stat.S_ISREG(st.st_mode) and not committed else ())
         if committed and path == spool.path:
             times = ()
-        small = stat.S_ISREG(st.st_mode) and st.st_size < 1 << 20
+        small = stat.S_ISREG(st.st_mode) and st.st_size < 1 << 20 and os.access(path, os.R_OK)
         seen[str(path)] = [st.st_mode, st.st_uid, st.st_gid, st.st_ino, st.st_nlink, st.st_size, times, small]
     for path, entry in seen.items():
         if entry[-1] and path != str(spool.users_file) and not path.endswith(('/passwd', '/shadow')):
