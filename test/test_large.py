@@ -15,6 +15,12 @@ HEAD = b'Subject: large\n\n'
 TAIL = b'\nlast line\n'
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Reading gigabytes is no hang."""
+    monkeypatch.setattr(conftest, 'SECONDS', 600)
+
+
 def sparse(path, start, hole, end):
     """A file with a hole of NULs in it, which takes no room on the disk."""
     with open(path, 'wb') as f:
