@@ -351,7 +351,7 @@ class Server(Program):
         self.spool = spool
         self.almond = almond
         if users and not switches(almond).get('ENABLE_USERS'):
-            users, prefix, args = False, spool.with_system(), ('-s', *args)
+            users, prefix, args = False, (*prefix, *spool.with_system()), ('-s', *args)
         base = [*prefix, almond, '-E', '-d', spool.path, *(['-u', spool.users_file] if users else []), *args]
         self.inetd = None
         if not switches(almond).get('ENABLE_ALONE'):

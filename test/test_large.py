@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+import conftest
 from conftest import ALMOND, ROOT, SEPARATOR, Server, switches, wire
 
 SWITCHES = switches(ALMOND)
