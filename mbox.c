@@ -281,9 +281,12 @@ int mbox_fits(struct pieces *s, int fd, const struct gone *g, uint64_t size)
 	n = pread(fd, next, sizeof next, (off_t)end);
 	if (n < 0)
 		return -errno;
-	while (end == size && n && (*p == '\n' || *p == '\r'))
-		p++, n--;       /* what a delivery since then put in front of its separator */
-	return (n || end < size) && (n < 5 || memcmp(p, "From ", 5)) ? -EAGAIN : 0;
+	if (end < size)
+		return n < 5 || memcmp(p, "From ", 5) ? -EAGAIN : 0;
+	/* What a delivery has put behind the snapshot since then, if only the first octet of it yet. */
+	while (n && (*p == '\n' || *p == '\r'))
+		p++, n--;
+	return memcmp(p, "From ", n < 5 ? (size_t)n : 5) ? -EAGAIN : 0;
 }
 
 /* ---- the monitor's side ---- */
