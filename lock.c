@@ -314,9 +314,16 @@ int session_lock(const struct stat *spool, const char *box, uid_t uid)
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), err = 0, tries = 3;
 	struct sockaddr_un a;
 	socklen_t n = session_address(&a, spool, box);
+	uint64_t end = now() + 500;     /* for who comes back at once: the old monitor is on its way out */
 
-	while (!err && bind(fd, (struct sockaddr *)&a, n) < 0)
+	while (!err && bind(fd, (struct sockaddr *)&a, n) < 0) {
 		err = errno != EADDRINUSE ? -errno : tries-- ? session_ask(&a, n, uid) : -EBUSY;
+		if (err == -EBUSY && now() < end) {
+			nap(50);
+			err = 0;
+			tries = 3;
+		}
+	}
 	if (!err && listen(fd, 4) == 0)
 		return fd;
 	close(fd);

@@ -420,6 +420,8 @@ int vault_open(struct vault *v)
 	}
 	if (v->fd == -ELOOP)
 		return vault_refuse(v, "a symbolic link");
+	if (v->fd == -ENXIO)
+		return vault_refuse(v, "no file");
 	if (v->fd == -EACCES)
 		return vault_refuse(v, "its user may not read it");
 	if (v->fd < 0 || fstat(v->fd, &st) < 0)

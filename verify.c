@@ -25,6 +25,7 @@ static const char *digits(const char *s, uint64_t *n, char end)
 	return s > start && *s == end ? s + 1 : NULL;
 }
 
+#if ENABLE_SHA_CRYPT || ENABLE_MD5_CRYPT || ENABLE_CRYPT
 /* How far it is to the first c, ':' or the end. */
 static size_t up_to(const char *s, char c)
 {
@@ -34,6 +35,7 @@ static size_t up_to(const char *s, char c)
 		n++;
 	return n;
 }
+#endif
 
 /* What formats are named with; without the '-', crypt's digits. */
 static const char letters[] = "-./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
