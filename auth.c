@@ -1,14 +1,16 @@
-/* auth.c: owns who may log in: the users file and the system's accounts.  Runs in the monitor, with the rights to read them; of what
- * the client sent it sees a name that can be a file's and a secret of bounded length. */
+/* auth.c: owns who may log in: the users file and the system's accounts.  Runs in the monitor, with
+ * the rights to read them; of what the client sent it sees a name that can be a file's and a secret
+ * of bounded length. */
 #include "almond.h"
 
-/* What was found while all of a file was read: no early end, so that the time does not tell where a name stands. */
+/* What was found while all of a file was read: no early end, so that the time does not tell where a
+ * name stands. */
 struct search {
 	const char *name;
 	bool found, by_file;
 	struct account who;
 	char verifier[MAX_VERIFIER];
-	uint64_t cost;                  /* of the dearest verifier, which is worked on for an unknown name */
+	uint64_t cost; /* of the dearest verifier, which is worked on for an unknown name */
 	char dearest[MAX_VERIFIER];
 };
 
@@ -107,11 +109,12 @@ int users_check(const char *path, unsigned *faults)
 	while ((line = text_next(&l))) {
 		r = users_parse(line, &u);
 		if (r > 0 && !verify_cost(u.verifier)) {
-			log_line(L_WARN, "%s line %u: the password format %s is not built in", path, l.number,
-			    verify_scheme(u.verifier));
+			log_line(L_WARN, "%s line %u: the password format %s is not built in", path,
+			    l.number, verify_scheme(u.verifier));
 			++*faults;
 		} else if (r < 0) {
-			log_line(L_WARN, "%s line %u: %s; the line is passed over", path, l.number, u.fault);
+			log_line(L_WARN, "%s line %u: %s; the line is passed over", path, l.number,
+			    u.fault);
 			++*faults;
 		}
 		accounts += r > 0;
@@ -178,8 +181,10 @@ int system_account(const char *name, struct account *who)
 		if (strcmp(field(&line), name) != 0 || err != -ENOENT)
 			continue;
 		field(&line);
-		err = number(field(&line), UINT32_MAX - 1, &uid) || number(field(&line), UINT32_MAX - 1, &gid) ?
-		    -EINVAL : 0;
+		err = number(field(&line), UINT32_MAX - 1, &uid) ||
+			number(field(&line), UINT32_MAX - 1, &gid)
+		    ? -EINVAL
+		    : 0;
 	}
 	close(l.fd);
 	who->uid = (uid_t)uid;
@@ -221,8 +226,10 @@ static int shadow_search(struct search *s)
 		return 0;
 	err = system_account(s->name, &s->who);
 	if (err || s->who.uid == 0 || over) {
-		log_line(L_NOTE, "user %s refused: %s", s->who.name, over ? "the account has expired" :
-		    err ? "no line in /etc/passwd" : "root fetches no mail; give it an alias");
+		log_line(L_NOTE, "user %s refused: %s", s->who.name,
+		    over      ? "the account has expired"
+			: err ? "no line in /etc/passwd"
+			      : "root fetches no mail; give it an alias");
 		s->found = false;
 	}
 	return 0;
@@ -254,7 +261,8 @@ static int accepted(struct search *s, struct account *who, int err)
 	if (!err && s->by_file)
 		err = auth_owner(&s->who);
 	if (err == -EPERM)
-		log_line(L_ERROR, "mailbox %s and the spool belong to root; chown one to a user", s->who.box);
+		log_line(L_ERROR, "mailbox %s and the spool belong to root; chown one to a user",
+		    s->who.box);
 	*who = s->who;
 	wipe(s, sizeof *s);
 	return err;
@@ -268,15 +276,16 @@ int auth_password(const char *name, const char *secret, size_t n, struct account
 	if (!err) {
 		right = verify(s.found ? s.verifier : s.dearest, secret, n);
 		if (s.found && right < 0)
-			log_line(L_WARN, "user %s: the password format %s is not built in", s.who.name,
-			    verify_scheme(s.verifier));
+			log_line(L_WARN, "user %s: the password format %s is not built in",
+			    s.who.name, verify_scheme(s.verifier));
 		err = s.found && right > 0 && n ? 0 : -EACCES;
 	}
 	return accepted(&s, who, err);
 }
 
 #if ENABLE_APOP
-int auth_apop(const char *name, const char *stamp, const uint8_t digest[MD5_SIZE], struct account *who)
+int auth_apop(
+    const char *name, const char *stamp, const uint8_t digest[MD5_SIZE], struct account *who)
 {
 	uint8_t want[MD5_SIZE];
 	struct search s;

@@ -202,7 +202,8 @@ static bool check_spool_mode(int spool)
 	if ((st.st_mode & S_IWOTH) && !(st.st_mode & S_ISVTX))
 		todo("everybody may remove everybody's mail; chmod +t it");
 	if (st.st_mode & S_IWOTH && conf.users)
-		todo("anybody can put a mailbox there in another's name; chgrp mail and chmod 2775 it");
+		todo(
+		    "anybody can put a mailbox there in another's name; chmod 2775 it, group mail");
 	if (!(st.st_mode & (S_IWOTH | S_IWGRP)))
 		print("  only its owner can make mailboxes and dot-locks in it\n");
 	return st.st_mode & (S_IWOTH | S_IWGRP) || st.st_uid;

@@ -1,95 +1,107 @@
-/* almond's compile-time choices.  Edit here, or override on the command line: make CPPFLAGS=-DENABLE_APOP=0
+/* almond's compile-time choices.  Edit here, or override on the command line: make
+ * CPPFLAGS=-DENABLE_APOP=0
  *
- * A switch is 0 or 1 and always defined.  The price of a switch, in bytes of the static x86_64 file, stands in brackets
- * behind it; `make sizes` measures it again.  `almond -V` prints what a binary was built with. */
+ * A switch is 0 or 1 and always defined.  The price of a switch, in bytes of the static x86_64
+ * file, stands in brackets behind it; `make sizes` measures it again.  `almond -V` prints what a
+ * binary was built with. */
 #ifndef CONFIG_H
 #define CONFIG_H
 
-/* ---- 1. What you may edit -------------------------------------------------------------------------------------- */
+/* ---- 1. What you may edit -------------------------------------------------------------------- */
 
-/* Mailbox formats.  Which of them a user has is seen from what lies at SPOOL/user; at least one must be on. */
+/* Mailbox formats.  Which of them a user has is seen from what lies at SPOOL/user; at least one
+ * must be on. */
 #ifndef ENABLE_MBOX
-#define ENABLE_MBOX 1
+#define ENABLE_MBOX 1 /* [8160] */
 #endif
 #ifndef ENABLE_MAILDIR
-#define ENABLE_MAILDIR 1
+#define ENABLE_MAILDIR 1 /* [3901] */
 #endif
 
-/* Believe Content-Length in an mbox (mboxcl2 spools) where it leads exactly to the next separator or the end.  Off, because
- * where the delivery agent does not write the field itself, a sender can use it to hide the next mail inside his own. */
+/* Believe Content-Length in an mbox (mboxcl2 spools) where it leads exactly to the next separator
+ * or the end.  Off, because where the delivery agent does not write the field itself, a sender can
+ * use it to hide the next mail inside his own. */
 #ifndef ENABLE_CONTENT_LENGTH
-#define ENABLE_CONTENT_LENGTH 0
+#define ENABLE_CONTENT_LENGTH 0 /* [352] */
 #endif
 
-/* How much a "From " line behind a blank line must look like a separator: 0 = as it is; 1 = it holds a month's name, a
- * time hh:mm and a year; 2 = a weekday's name too, as ctime(3) writes it.  0 splits mail at a paragraph "From here on". */
+/* How much a "From " line behind a blank line must look like a separator: 0 = as it is; 1 = it
+ * holds a month's name, a time hh:mm and a year; 2 = a weekday's name too, as ctime(3) writes it.
+ * 0 splits mail at a paragraph "From here on". */
 #ifndef FROM_SHAPE
 #define FROM_SHAPE 2
 #endif
 
-/* Where accounts come from: a users file (-u), the system's own (-s, through /etc/passwd and /etc/shadow). */
+/* Where accounts come from: a users file (-u), the system's own (-s, through /etc/passwd and
+ * /etc/shadow). */
 #ifndef ENABLE_USERS
-#define ENABLE_USERS 1
+#define ENABLE_USERS 1 /* [7856] */
 #endif
 #ifndef ENABLE_SYSTEM
-#define ENABLE_SYSTEM 1
+#define ENABLE_SYSTEM 1 /* [544] */
 #endif
 
-/* Password formats.  SCRAM-SHA-256 and {PLAIN} are always in.  ENABLE_CRYPT hands every other format to the C library's
- * crypt(3) and needs -lcrypt: `make ENABLE_CRYPT=1` sees to both (yescrypt, "$y$", is the default of Debian, Ubuntu, Fedora
- * and Raspberry Pi OS). */
-#ifndef ENABLE_SHA_CRYPT        /* $5$ and $6$ */
-#define ENABLE_SHA_CRYPT 1
+/* Password formats.  SCRAM-SHA-256 and {PLAIN} are always in.  ENABLE_CRYPT hands every other
+ * format to the C library's crypt(3) and needs -lcrypt: `make ENABLE_CRYPT=1` sees to both
+ * (yescrypt, "$y$", is the default of Debian, Ubuntu, Fedora and Raspberry Pi OS). */
+/* $5$ and $6$ */
+#ifndef ENABLE_SHA_CRYPT
+#define ENABLE_SHA_CRYPT 1 /* [816] */
 #endif
-#ifndef ENABLE_MD5_CRYPT        /* $1$ (OpenWrt to 23.05) and $apr1$ (htpasswd) */
-#define ENABLE_MD5_CRYPT 1
+/* $1$ (OpenWrt to 23.05) and $apr1$ (htpasswd) */
+#ifndef ENABLE_MD5_CRYPT
+#define ENABLE_MD5_CRYPT 1 /* [32] */
 #endif
 #ifndef ENABLE_CRYPT
-#define ENABLE_CRYPT 0
+#define ENABLE_CRYPT 0 /* [77192] */
 #endif
 
-/* Protocol.  APOP is announced only where every account has a {PLAIN} secret.  LAST serves old printers.  UTF8 (RFC 6856)
- * adds UTF8 and LANG; with it, octets above 127 in a header are sent as '?' to a client that did not say UTF8. */
+/* Protocol.  APOP is announced only where every account has a {PLAIN} secret.  LAST serves old
+ * printers.  UTF8 (RFC 6856) adds UTF8 and LANG; with it, octets above 127 in a header are sent as
+ * '?' to a client that did not say UTF8. */
 #ifndef ENABLE_APOP
-#define ENABLE_APOP 1
+#define ENABLE_APOP 1 /* [832] */
 #endif
 #ifndef ENABLE_LAST
-#define ENABLE_LAST 1
+#define ENABLE_LAST 1 /* [64] */
 #endif
 #ifndef ENABLE_UTF8
-#define ENABLE_UTF8 0
+#define ENABLE_UTF8 0 /* [416] */
 #endif
 
 /* Listen without inetd (and take sockets from systemd). */
 #ifndef ENABLE_ALONE
-#define ENABLE_ALONE 1
+#define ENABLE_ALONE 1 /* [2992] */
 #endif
 
-/* Two processes a session, so that the one that reads the network can open no file.  0 saves a process where memory is
- * short: a bug in the protocol's code is then a bug with the user's rights, before the login with root's. */
+/* Two processes a session, so that the one that reads the network can open no file.  0 saves a
+ * process where memory is short: a bug in the protocol's code is then a bug with the user's
+ * rights, before the login with root's. */
 #ifndef ENABLE_PRIVSEP
-#define ENABLE_PRIVSEP 1
+#define ENABLE_PRIVSEP 1 /* [2416] */
 #endif
 
 /* The tools in the same binary. */
 #ifndef ENABLE_PASSWD
-#define ENABLE_PASSWD 1
+#define ENABLE_PASSWD 1 /* [5216] */
 #endif
 #ifndef ENABLE_DELIVER
-#define ENABLE_DELIVER 1
+#define ENABLE_DELIVER 1 /* [4208] */
 #endif
 #ifndef ENABLE_CHECK
-#define ENABLE_CHECK 1
+#define ENABLE_CHECK 1 /* [3636] */
 #endif
 
-/* The delivery locks of an mbox and their order: LOCK_FCNTL, LOCK_DOT, LOCK_FLOCK.  Debian's policy is fcntl, then the
- * dot-lock; flock is for dma and OpenBSD's mail.local.  One that cannot be had (a dot-lock in a directory that one may not
- * write, flock on NFS) is left out at run time, as long as another was taken. */
+/* The delivery locks of an mbox and their order: LOCK_FCNTL, LOCK_DOT, LOCK_FLOCK.  Debian's
+ * policy is fcntl, then the dot-lock; flock is for dma and OpenBSD's mail.local.  One that cannot
+ * be had (a dot-lock in a directory that one may not write, flock on NFS) is left out at run time,
+ * as long as another was taken. */
 #ifndef LOCK_ORDER
 #define LOCK_ORDER LOCK_FCNTL, LOCK_DOT, LOCK_FLOCK
 #endif
 
-/* Defaults of -d, -u and -U, and the directory (on tmpfs) that sessions started by root have for their empty root. */
+/* Defaults of -d, -u and -U, and the directory (on tmpfs) that sessions started by root have for
+ * their empty root. */
 #ifndef SPOOL_DIR
 #define SPOOL_DIR "/var/mail"
 #endif
@@ -104,58 +116,75 @@
 #endif
 
 /* Limits.  Time is in milliseconds of the monotonic clock. */
-#ifndef LOGIN_DEADLINE          /* from the connection to the login.  RFC 1939 knows 10 minutes only: a deviation that every
-                                 * server makes, since whoever has not said who he is must not hold a place for long */
+/* from the connection to the login.  RFC 1939 knows 10 minutes only: a deviation that every
+ * server makes, since whoever has not said who he is must not hold a place for long */
+#ifndef LOGIN_DEADLINE
 #define LOGIN_DEADLINE 60000
 #endif
-#ifndef IDLE_TIMEOUT            /* RFC 1939, section 3: at least 10 minutes */
+/* RFC 1939, section 3: at least 10 minutes */
+#ifndef IDLE_TIMEOUT
 #define IDLE_TIMEOUT 600000
 #endif
-#ifndef SEND_STALL              /* no octet taken by the client for so long: it is dead */
+/* no octet taken by the client for so long: it is dead */
+#ifndef SEND_STALL
 #define SEND_STALL 300000
 #endif
-#ifndef TAKEOVER_IDLE           /* a second login may end a session that was silent for so long */
+/* a second login may end a session that was silent for so long */
+#ifndef TAKEOVER_IDLE
 #define TAKEOVER_IDLE 60000
 #endif
-#ifndef LOCK_WAIT               /* for a delivery lock; then [IN-USE] */
+/* for a delivery lock; then [IN-USE] */
+#ifndef LOCK_WAIT
 #define LOCK_WAIT 20000
 #endif
-#ifndef LOCK_STALE              /* a dot-lock of no living process that stayed the same for so long, while the kernel's locks
-                                 * were free, is removed; must be below LOCK_WAIT */
+/* a dot-lock of no living process that stayed the same for so long, while the kernel's locks
+ * were free, is removed; must be below LOCK_WAIT */
+#ifndef LOCK_STALE
 #define LOCK_STALE 15000
 #endif
-#ifndef LOCK_OLD                /* seconds: what a dot-lock that names no process must be old, by the wall clock, to be stale; others
-                                 * (liblockfile) wait for 5 minutes */
+/* seconds: what a dot-lock that names no process must be old, by the wall clock, to be stale;
+ * others (liblockfile) wait for 5 minutes */
+#ifndef LOCK_OLD
 #define LOCK_OLD 300
 #endif
-#ifndef FAIL_DELAY              /* a failed login is answered no sooner than this, times the tries so far */
+/* a failed login is answered no sooner than this, times the tries so far */
+#ifndef FAIL_DELAY
 #define FAIL_DELAY 1000
 #endif
-#ifndef MAX_TRIES               /* logins tried on one connection */
+/* logins tried on one connection */
+#ifndef MAX_TRIES
 #define MAX_TRIES 3
 #endif
-#ifndef MAX_ERRORS              /* refused commands, one behind the other; then the line is cut */
+/* refused commands, one behind the other; then the line is cut */
+#ifndef MAX_ERRORS
 #define MAX_ERRORS 20
 #endif
-#ifndef MAX_SESSIONS            /* at a time, when alone; inetd has its own limit */
+/* at a time, when alone; inetd has its own limit */
+#ifndef MAX_SESSIONS
 #define MAX_SESSIONS 64
 #endif
-#ifndef MAX_PER_ADDRESS         /* of them from one address (IPv6: from one /64); loopback is not counted */
+/* of them from one address (IPv6: from one /64); loopback is not counted */
+#ifndef MAX_PER_ADDRESS
 #define MAX_PER_ADDRESS 16
 #endif
-#ifndef MAX_MESSAGES            /* in a mailbox; a fuller one is refused, not cut.  32 bytes each */
+/* in a mailbox; a fuller one is refused, not cut.  32 bytes each */
+#ifndef MAX_MESSAGES
 #define MAX_MESSAGES 1000000
 #endif
-#ifndef MAX_HOLE                /* octets of a file that are not on the disk: a sparse terabyte is an attack, or damage */
+/* octets of a file that are not on the disk: a sparse terabyte is an attack, or damage */
+#ifndef MAX_HOLE
 #define MAX_HOLE (16LL << 30)
 #endif
-#ifndef MAX_LISTEN              /* sockets to listen on (-l) */
+/* sockets to listen on (-l) */
+#ifndef MAX_LISTEN
 #define MAX_LISTEN 8
 #endif
-#ifndef MAX_NETS                /* networks of -n */
+/* networks of -n */
+#ifndef MAX_NETS
 #define MAX_NETS 16
 #endif
-#ifndef PASSWD_TIME             /* what checking one password shall cost: `almond passwd` tunes the iterations to the host */
+/* what checking one password shall cost: `almond passwd` tunes the iterations to the host */
+#ifndef PASSWD_TIME
 #define PASSWD_TIME 100
 #endif
 
@@ -166,11 +195,12 @@
 #ifndef WIRE_OUT
 #define WIRE_OUT 32768
 #endif
-#ifndef SCAN_BUFFER             /* given back after each use */
+/* given back after each use */
+#ifndef SCAN_BUFFER
 #define SCAN_BUFFER 65536
 #endif
 
-/* ---- 2. What follows: no need to edit below this line ----------------------------------------------------------- */
+/* ---- 2. What follows: no need to edit below this line ---------------------------------------- */
 #define VERSION "0.1.0"
 #define ENABLE_TOOLS (ENABLE_PASSWD || ENABLE_DELIVER || ENABLE_CHECK)
 #define ENABLE_MD5 (ENABLE_MD5_CRYPT || ENABLE_APOP)
@@ -178,9 +208,9 @@
 #define MAX_NAME 64             /* of a user or a mailbox */
 #define MAX_SECRET 256          /* what fits into a line, and a NUL */
 #define MAX_VERIFIER 512
-#define MAX_SEPARATOR 512       /* a "From " line of an mbox, its end included; longer ones are text */
+#define MAX_SEPARATOR 512       /* a "From " line, its end included; longer ones are text */
 
-/* ---- 3. What contradicts ----------------------------------------------------------------------------------------- */
+/* ---- 3. What contradicts --------------------------------------------------------------------- */
 #if !ENABLE_MBOX && !ENABLE_MAILDIR
 #error "No mailbox format is left: set ENABLE_MBOX or ENABLE_MAILDIR to 1."
 #endif
@@ -203,6 +233,6 @@
 #error "LOCK_STALE must be below LOCK_WAIT, or no stale lock is ever found out."
 #endif
 #if WIRE_IN < 2 * MAX_LINE || WIRE_OUT < 4096 || SCAN_BUFFER < 4 * MAX_SEPARATOR
-#error "A buffer is too small: WIRE_IN holds two lines, WIRE_OUT 4096 octets, SCAN_BUFFER four separators."
+#error "Too small: WIRE_IN holds two lines, WIRE_OUT 4096 octets, SCAN_BUFFER four separators."
 #endif
 #endif

@@ -369,7 +369,7 @@ static int become_user(const char *name, int spool, struct account *who)
 		return EX_NOUSER_;
 	}
 	if (!err && !geteuid() && who->uid == conf.session_uid)
-		err = -EPERM;           /* a mailbox that nobody has yet, in root's spool: not the session user's either */
+		err = -EPERM; /* nobody's yet, in root's spool: not the session user's either */
 	if (!err)
 		err = become(who->uid, who->gid);
 	if (err)
@@ -392,7 +392,8 @@ static int deliver(int spool, const char *box, const struct mail *m)
 		err = ENABLE_MBOX ? to_mbox(spool, box, m) : refuse(box, "no Maildir");
 	if (err && err != REFUSED)
 		complain(err, box);
-	return err ? EX_TEMP : 0;       /* whatever it is, someone can mend it: the mail waits, and does not bounce */
+	/* whatever it is, someone can mend it: the mail waits, and does not bounce */
+	return err ? EX_TEMP : 0;
 }
 
 int tool_deliver(const struct wish *w)

@@ -1,5 +1,5 @@
-/* lock.c: owns the delivery locks of an mbox, which keep other programs out for a moment, and the lock of a session, which
- * keeps a second one out for long.  Runs in the monitor and the tools. */
+/* lock.c: owns the delivery locks of an mbox, which keep other programs out for a moment, and the
+ * lock of a session, which keeps a second one out for long.  Runs in the monitor and the tools. */
 #include "almond.h"
 
 #include <poll.h>
@@ -31,8 +31,9 @@ static int missing(int err)
 	return err == -ENOLCK || err == -EINVAL || err == -EOPNOTSUPP ? ABSENT : err;
 }
 
-/* An open file description's lock where the kernel has them (3.15): it is not lost when another descriptor of the file is
- * closed, and conflicts with the classic ones that delivery agents take. */
+/* An open file description's lock where the kernel has them (3.15): it is not lost when another
+ * descriptor of the file is closed, and conflicts with the classic ones that delivery agents take.
+ */
 static int lock_fcntl(int fd, short type)
 {
 	struct flock f = { .l_type = type, .l_whence = SEEK_SET };
@@ -65,7 +66,8 @@ static void boot_id(char *to, size_t room)
 		close(fd);
 }
 
-/* Ours names the boot too: after a reboot its pid means nothing.  0 and no number (procmail, mutt) say nothing. */
+/* Ours names the boot too: after a reboot its pid means nothing.  0 and no number (procmail, mutt)
+ * say nothing. */
 int lock_owner(int dir, const char *file)
 {
 	int fd = open_quiet(dir, file), pid = 0;
@@ -82,7 +84,9 @@ int lock_owner(int dir, const char *file)
 	boot_id(id, sizeof id);
 	if (*p == '\n' && p[1] && *id && strcmp(p + 1, id) != 0)
 		return OWNER_DEAD;
-	return !pid ? OWNER_UNKNOWN : kill(pid, 0) == 0 || errno == EPERM ? OWNER_LIVES : OWNER_DEAD;
+	return !pid                               ? OWNER_UNKNOWN
+	    : kill(pid, 0) == 0 || errno == EPERM ? OWNER_LIVES
+						  : OWNER_DEAD;
 }
 
 static int dot_make(struct lock *l)
@@ -90,21 +94,25 @@ static int dot_make(struct lock *l)
 	char text[64];
 	size_t n;
 
-	l->dot = openat(l->dir, l->file, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0444);
+	l->dot =
+	    openat(l->dir, l->file, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0444);
 	if (l->dot < 0)
-		return errno == EEXIST ? -EBUSY : errno == EACCES || errno == EPERM || errno == ENOSPC || errno == EDQUOT ?
-		    ABSENT : -errno;
+		return errno == EEXIST ? -EBUSY
+		    : errno == EACCES || errno == EPERM || errno == ENOSPC || errno == EDQUOT
+		    ? ABSENT
+		    : -errno;
 	l->touched = now();
 	n = fmt(text, sizeof text, "%d\n", (int)getpid());
 	boot_id(text + n, sizeof text - n);
 	n = strlen(text);
 	l->end = (off_t)n - 1;
-	write_all(l->dot, text, n);     /* on a full disk it stays empty, and is a lock all the same */
+	write_all(l->dot, text, n); /* on a full disk it stays empty, and is a lock all the same */
 	return 0;
 }
 
-/* A foreign dot-lock, watched while the kernel's locks are ours: stale when it stayed the same for LOCK_STALE, and, where
- * nobody knows whose it is, has the age that other programs wait for (or a time that is no time). */
+/* A foreign dot-lock, watched while the kernel's locks are ours: stale when it stayed the same for
+ * LOCK_STALE, and, where nobody knows whose it is, has the age that other programs wait for (or a
+ * time that is no time). */
 struct watch { ino_t inode; struct timespec time; uint64_t since; };
 
 static bool in_use(int dir, const char *file, int64_t age)
@@ -121,20 +129,23 @@ static void dot_watch(struct watch *w, int dir, const char *file)
 	if (fstatat(dir, file, &st, AT_SYMLINK_NOFOLLOW) < 0)
 		return;
 	if (!w->since || st.st_ino != w->inode || st.st_mtim.tv_sec != w->time.tv_sec ||
-	    st.st_mtim.tv_nsec != w->time.tv_nsec || in_use(dir, file, (int64_t)(wall_clock() / 1000) - st.st_mtim.tv_sec)) {
+	    st.st_mtim.tv_nsec != w->time.tv_nsec ||
+	    in_use(dir, file, (int64_t)(wall_clock() / 1000) - st.st_mtim.tv_sec)) {
 		w->inode = st.st_ino;
 		w->time = st.st_mtim;
 		w->since = now();
 	} else if (now() - w->since >= LOCK_STALE) {
 		w->since = 0;
 		if (unlinkat(dir, file, 0) == 0)
-			log_line(L_WARN, "lock: removed %s, which nobody held for %u s", file, LOCK_STALE / 1000);
+			log_line(L_WARN, "lock: removed %s, which nobody held for %u s", file,
+			    LOCK_STALE / 1000);
 	}
 }
 
 /* ---- all of them ---- */
 
-/* One try.  What cannot be had here (a dot-lock in a directory that we may not write) is left out, but not all of them. */
+/* One try.  What cannot be had here (a dot-lock in a directory that we may not write) is left out,
+ * but not all of them. */
 static int lock_try(struct lock *l, struct watch *w)
 {
 	bool any = false;
@@ -166,8 +177,8 @@ static bool dot_held(const struct lock *l)
 	return has(LOCK_DOT) && fstatat(l->dir, l->file, &st, AT_SYMLINK_NOFOLLOW) == 0;
 }
 
-/* A dot-lock cannot be made without a write, so it is looked for before and after: one who locked in between either still
- * holds it, or has changed what the second fstat sees. */
+/* A dot-lock cannot be made without a write, so it is looked for before and after: one who locked
+ * in between either still holds it, or has changed what the second fstat sees. */
 static int snapshot_try(struct lock *l, struct stat *st, struct watch *w)
 {
 	struct stat before;
@@ -180,7 +191,9 @@ static int snapshot_try(struct lock *l, struct stat *st, struct watch *w)
 		dot_watch(w, l->dir, l->file);
 		err = -EBUSY;
 	}
-	if (!err && (fstat(l->fd, &before) < 0 || dot_held(l) || fstat(l->fd, st) < 0 || before.st_size != st->st_size))
+	if (!err &&
+	    (fstat(l->fd, &before) < 0 || dot_held(l) || fstat(l->fd, st) < 0 ||
+		before.st_size != st->st_size))
 		err = -EBUSY;
 	l->held = true;
 	lock_drop(l);
@@ -192,7 +205,8 @@ static bool again(int err)
 	return err == -EAGAIN || err == -EACCES || err == -EBUSY;
 }
 
-/* Wait a little longer each time; a bit at random, so that two who wait for each other's locks do not meet for ever. */
+/* Wait a little longer each time; a bit at random, so that two who wait for each other's locks do
+ * not meet for ever. */
 static bool wait_more(unsigned *pause, uint64_t end)
 {
 	uint64_t t = now();
@@ -248,8 +262,9 @@ void lock_drop(struct lock *l)
 	if (has(LOCK_FLOCK))
 		flock(l->fd, LOCK_UN);
 	if (l->dot >= 0) {
-		if (fstat(l->dot, &mine) == 0 && fstatat(l->dir, l->file, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
-		    mine.st_ino == there.st_ino)        /* else someone broke it, and holds his own */
+		if (fstat(l->dot, &mine) == 0 &&
+		    fstatat(l->dir, l->file, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+		    mine.st_ino == there.st_ino) /* else someone broke it, and holds his own */
 			unlinkat(l->dir, l->file, 0);
 		close(l->dot);
 	}
@@ -270,8 +285,9 @@ int lock_snapshot(int dir, const char *box, int fd, struct stat *st)
 
 /* ---- the lock of a session: a listening socket in the abstract name space ---- */
 
-/* It leaves nothing behind, whoever dies how.  Anybody may take the name first, so the holder's uid is looked at; one who does
- * takes the comfort of [IN-USE] away, no more: a commit is safe by the delivery lock and by what it checks. */
+/* It leaves nothing behind, whoever dies how.  Anybody may take the name first, so the holder's uid
+ * is looked at; one who does takes the comfort of [IN-USE] away, no more: a commit is safe by the
+ * delivery lock and by what it checks. */
 static socklen_t session_address(struct sockaddr_un *a, const struct stat *spool, const char *box)
 {
 	struct sum sum;
@@ -283,7 +299,8 @@ static socklen_t session_address(struct sockaddr_un *a, const struct stat *spool
 	memset(a, 0, sizeof *a);
 	a->sun_family = AF_UNIX;
 	return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 +
-	    fmt(a->sun_path + 1, sizeof a->sun_path - 1, "almond/%llx", (unsigned long long)sum_end(&sum)));
+	    fmt(a->sun_path + 1, sizeof a->sun_path - 1, "almond/%llx",
+		(unsigned long long)sum_end(&sum)));
 }
 
 static bool peer_is(int fd, uid_t uid)
@@ -291,10 +308,12 @@ static bool peer_is(int fd, uid_t uid)
 	struct ucred c;
 	socklen_t n = sizeof c;
 
-	return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &c, &n) == 0 && (c.uid == 0 || c.uid == uid || c.uid == geteuid());
+	return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &c, &n) == 0 &&
+	    (c.uid == 0 || c.uid == uid || c.uid == geteuid());
 }
 
-/* Ask the holder to give way.  0: it did, or is gone; -EBUSY: it will not, or is committing; -EPERM: it is none of us. */
+/* Ask the holder to give way.  0: it did, or is gone; -EBUSY: it will not, or is committing;
+ * -EPERM: it is none of us. */
 static int session_ask(const struct sockaddr_un *a, socklen_t n, uid_t uid)
 {
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), err = -EPERM;
@@ -314,7 +333,8 @@ int session_lock(const struct stat *spool, const char *box, uid_t uid)
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), err = 0, tries = 3;
 	struct sockaddr_un a;
 	socklen_t n = session_address(&a, spool, box);
-	uint64_t end = now() + 500;     /* for who comes back at once: the old monitor is on its way out */
+	uint64_t end =
+	    now() + 500; /* for who comes back at once: the old monitor is on its way out */
 
 	while (!err && bind(fd, (struct sockaddr *)&a, n) < 0) {
 		err = errno != EADDRINUSE ? -errno : tries-- ? session_ask(&a, n, uid) : -EBUSY;

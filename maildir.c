@@ -1,5 +1,6 @@
-/* maildir.c: owns the Maildir store: a message is a file.  The first part runs in the session, which sees only descriptors; the
- * second, which keeps the names, in the monitor with the user's rights. */
+/* maildir.c: owns the Maildir store: a message is a file.  The first part runs in the session,
+ * which sees only descriptors; the second, which keeps the names, in the monitor with the user's
+ * rights. */
 #include "almond.h"
 
 #include <sys/mman.h>
@@ -28,7 +29,8 @@ static int maildir_look(struct box *b, uint32_t i)
 	return (uint64_t)st.st_size == m->stored ? 0 : -EAGAIN;
 }
 
-/* How much longer RETR makes it.  Sizes in a name (",W=") are not believed: a wrong one would be seen on the wire. */
+/* How much longer RETR makes it.  Sizes in a name (",W=") are not believed: a wrong one would be
+ * seen on the wire. */
 static int maildir_measure(struct msg *m, struct pieces *s, int fd)
 {
 	uint64_t bare = 0;
@@ -83,9 +85,16 @@ const struct store maildir_store = { false, maildir_index, maildir_look, maildir
 
 /* ---- the monitor's side ---- */
 
-/* Names, one behind the other, each with its end; an entry says where, and in which of the two directories. */
+/* Names, one behind the other, each with its end; an entry says where, and in which of the two
+ * directories. */
 struct entry { uint32_t name : 31, cur : 1; };
-struct list { char *names; size_t used, names_room; struct entry *entry; uint32_t count; size_t room; };
+struct list {
+	char *names;
+	size_t used, names_room;
+	struct entry *entry;
+	uint32_t count;
+	size_t room;
+};
 static struct list list;
 static const char *const dirs[] = { "new", "cur" };
 
@@ -136,7 +145,8 @@ static int list_add(struct list *l, const char *name, unsigned cur)
 		l->names_room = l->names_room * 2 + 65536;
 	}
 	if (l->count == l->room) {
-		if (!map_grow(&l->entry, l->room * sizeof *l->entry, (l->room * 2 + 1024) * sizeof *l->entry))
+		if (!map_grow(&l->entry, l->room * sizeof *l->entry,
+			(l->room * 2 + 1024) * sizeof *l->entry))
 			return -ENOMEM;
 		l->room = l->room * 2 + 1024;
 	}
@@ -170,8 +180,8 @@ static void list_free(struct list *l)
 	*l = (struct list){ .count = 0 };
 }
 
-/* What is in new and cur, sorted.  new comes first: a message that moves meanwhile is listed twice, not missed; the second is
- * dropped. */
+/* What is in new and cur, sorted.  new comes first: a message that moves meanwhile is listed twice,
+ * not missed; the second is dropped. */
 static int list_all(struct list *l, int maildir)
 {
 	int err = list_dir(l, maildir, 0);
@@ -211,8 +221,9 @@ int maildir_snapshot(struct vault *v)
 	return err;
 }
 
-/* Names changed (new to cur, other flags): list again, and give every message that is still there its new name.  One that is
- * not gets an empty one, which sorts before all, so that it is looked for once only. */
+/* Names changed (new to cur, other flags): list again, and give every message that is still there
+ * its new name.  One that is not gets an empty one, which sorts before all, so that it is looked
+ * for once only. */
 static int refresh(const struct vault *v)
 {
 	struct list fresh = { .count = 0 };

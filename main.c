@@ -1,5 +1,5 @@
-/* main.c: owns options, listening, limits, signals and roles.  The only file that changes identity.  As root it parses its command
- * line and addresses, and nothing that comes from the net. */
+/* main.c: owns options, listening, limits, signals and roles.  The only file that changes identity.
+ * As root it parses its command line and addresses, and nothing that comes from the net. */
 #include "almond.h"
 
 #include <netinet/in.h>
@@ -48,20 +48,24 @@ int become(uid_t uid, gid_t gid)
 
 bool make_empty_root(void)
 {
-	return (mkdir(RUN_DIR, 0700) == 0 || errno == EEXIST) && (mkdir(RUN_DIR "/empty", 0555) == 0 || errno == EEXIST);
+	return (mkdir(RUN_DIR, 0700) == 0 || errno == EEXIST) &&
+	    (mkdir(RUN_DIR "/empty", 0555) == 0 || errno == EEXIST);
 }
 
 static bool empty_root(void)
 {
-	return chroot(RUN_DIR "/empty") == 0 || (make_empty_root() && chroot(RUN_DIR "/empty") == 0);
+	return chroot(RUN_DIR "/empty") == 0 ||
+	    (make_empty_root() && chroot(RUN_DIR "/empty") == 0);
 }
 
 void become_session(void)
 {
 	if (geteuid() != 0)
 		return;
-	if (!empty_root() || chdir("/") < 0 || take(conf.session_uid, conf.session_gid, 0, NULL) < 0) {
-		log_line(L_ERROR, "no session: cannot be %s in " RUN_DIR "/empty; make it possible", conf.session);
+	if (!empty_root() || chdir("/") < 0 ||
+	    take(conf.session_uid, conf.session_gid, 0, NULL) < 0) {
+		log_line(L_ERROR, "no session: cannot be %s in " RUN_DIR "/empty; make it possible",
+		    conf.session);
 		_exit(EX_OS);
 	}
 }
@@ -85,7 +89,8 @@ static int session_user(void)
 		if (system_account(conf.session, &who))
 			who.uid = who.gid = 65534;
 	} else if (err || who.uid == 0 || who.gid == 0) {
-		log_line(L_ERROR, "-U %s: %s; name an account without rights", conf.session, err ? reason(err) : "it is root");
+		log_line(L_ERROR, "-U %s: %s; name an account without rights", conf.session,
+		    err ? reason(err) : "it is root");
 		return EX_CONF;
 	}
 	conf.session_uid = who.uid;
@@ -96,8 +101,8 @@ static int session_user(void)
 /* ---- addresses: all as IPv6, IPv4 mapped into it ---- */
 
 struct net { uint8_t addr[16]; unsigned bits; };
-static const struct net loopback4 = { .addr = { [10] = 0xFF, [11] = 0xFF, [12] = 127 }, .bits = 104 },
-	loopback6 = { .addr = { [15] = 1 }, .bits = 128 };
+static const struct net loopback4 = {.addr = {[10] = 0xFF, [11] = 0xFF, [12] = 127}, .bits = 104},
+			loopback6 = {.addr = {[15] = 1}, .bits = 128};
 static struct net nets[MAX_NETS];
 static unsigned net_count;
 
@@ -184,7 +189,8 @@ static bool in_net(const uint8_t a[16], const struct net *n)
 {
 	unsigned whole = n->bits / 8, rest = n->bits % 8;
 
-	return !memcmp(a, n->addr, whole) && (!rest || (a[whole] ^ n->addr[whole]) >> (8 - rest) == 0);
+	return !memcmp(a, n->addr, whole) &&
+	    (!rest || (a[whole] ^ n->addr[whole]) >> (8 - rest) == 0);
 }
 
 static bool is_loopback(const uint8_t a[16])
@@ -261,7 +267,8 @@ static int listening[MAX_LISTEN], listen_count;
 
 static int listen_on(const struct sockaddr *a, socklen_t n, bool both)
 {
-	int fd = socket(a->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1, off = 0, err = 0;
+	int fd = socket(a->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1,
+	    off = 0, err = 0;
 
 	if (fd < 0)
 		return -errno;
@@ -277,7 +284,8 @@ static int listen_on(const struct sockaddr *a, socklen_t n, bool both)
 	return 0;
 }
 
-/* -l [ADDR:]PORT; an IPv6 address stands in brackets.  A lone port means all addresses, of both families where there are both. */
+/* -l [ADDR:]PORT; an IPv6 address stands in brackets.  A lone port means all addresses, of both
+ * families where there are both. */
 static int add_listener(const char *option)
 {
 	struct sockaddr_in6 s6 = { .sin6_family = AF_INET6 };
@@ -301,7 +309,8 @@ static int add_listener(const char *option)
 	}
 	if (number(port, 65535, &n) < 0 || !n || listen_count == MAX_LISTEN ||
 	    (addr && !parse_address(addr, s6.sin6_addr.s6_addr, &v4))) {
-		log_line(L_ERROR, "-l %s: give PORT, ADDR:PORT or [ADDR]:PORT, %d times at most", option, MAX_LISTEN);
+		log_line(L_ERROR, "-l %s: give PORT, ADDR:PORT or [ADDR]:PORT, %d times at most",
+		    option, MAX_LISTEN);
 		return EX_USAGE_;
 	}
 	s6.sin6_port = s4.sin_port = htons((uint16_t)n);
@@ -430,8 +439,10 @@ static bool obey(int signal)
 	if (signal == SIGHUP)
 		reload();
 	if (signal == SIGUSR1)
-		log_line(L_NOTE, "counters: sessions=%u refused=%u logins=%u failures=%u retr=%u dele=%u", session_count,
-		    refused, counters->logins, counters->failures, counters->retrieved, counters->deleted);
+		log_line(L_NOTE,
+		    "counters: sessions=%u refused=%u logins=%u failures=%u retr=%u dele=%u",
+		    session_count, refused, counters->logins, counters->failures,
+		    counters->retrieved, counters->deleted);
 	if (signal == SIGCHLD)
 		reap();
 	return signal != SIGTERM && signal != SIGINT;
@@ -446,10 +457,12 @@ static int listen_for_ever(void)
 	p[0] = (struct pollfd){ .fd = signal_open(signals), .events = POLLIN };
 	for (i = 0; i < listen_count; i++)
 		p[i + 1] = (struct pollfd){ .fd = listening[i], .events = POLLIN };
-	counters = mmap(NULL, sizeof *counters, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	counters =
+	    mmap(NULL, sizeof *counters, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (counters == MAP_FAILED || p[0].fd < 0)
 		return EX_OS;
-	log_line(L_NOTE, "started: spool %s, sessions as uid %u", conf.spool, (unsigned)conf.session_uid);
+	log_line(L_NOTE, "started: spool %s, sessions as uid %u", conf.spool,
+	    (unsigned)conf.session_uid);
 	while (obey(signal)) {
 		poll(p, (nfds_t)listen_count + 1, -1);
 		for (i = 0; i < listen_count; i++)
@@ -470,7 +483,8 @@ static int background(void)
 		_exit(pid < 0 ? EX_OS : 0);
 	setsid();
 	null = open_at(AT_FDCWD, "/dev/null", O_RDWR);
-	if (null < 0 || (*conf.spool == '/' && (!conf.users || *conf.users == '/') && chdir("/") < 0))
+	if (null < 0 ||
+	    (*conf.spool == '/' && (!conf.users || *conf.users == '/') && chdir("/") < 0))
 		return EX_OS;
 	dup2(null, 0);
 	dup2(null, 1);
@@ -491,14 +505,15 @@ static const char *environment(const char *name)
 	return NULL;
 }
 
-/* systemd's protocol: LISTEN_FDS sockets from descriptor 3 on.  A listening one (Accept=no) is listened on; a connected one
- * (Accept=yes) is the client.  Returns that client, or -1. */
+/* systemd's protocol: LISTEN_FDS sockets from descriptor 3 on.  A listening one (Accept=no) is
+ * listened on; a connected one (Accept=yes) is the client.  Returns that client, or -1. */
 static int take_sockets(void)
 {
 	const char *pid = environment("LISTEN_PID="), *count = environment("LISTEN_FDS=");
 	uint64_t p, n, fd;
 
-	if (!pid || !count || number(pid, INT32_MAX, &p) < 0 || (pid_t)p != getpid() || number(count, MAX_LISTEN, &n) < 0)
+	if (!pid || !count || number(pid, INT32_MAX, &p) < 0 || (pid_t)p != getpid() ||
+	    number(count, MAX_LISTEN, &n) < 0)
 		return -1;
 	for (fd = 3; fd < 3 + n; fd++) {
 		control((int)fd, F_SETFD, FD_CLOEXEC);
@@ -526,8 +541,8 @@ static int alone(char *const listeners[], unsigned n, bool foreground)
 	return err ? err : listen_for_ever();
 }
 
-/* What standard input is decides, where no option does: a listening socket is listened on, a connected one is a client, as inetd
- * gives it.  -1: serve standard input. */
+/* What standard input is decides, where no option does: a listening socket is listened on, a
+ * connected one is a client, as inetd gives it.  -1: serve standard input. */
 static int start_alone(char *const listeners[], unsigned n, bool foreground)
 {
 	int client = take_sockets();
@@ -555,13 +570,13 @@ static int start_alone(char *const listeners[], unsigned n, bool foreground)
 /* ---- the command line ---- */
 
 static const char usage[] =
-	"usage: almond [-d SPOOL] [-u USERS] [-s] [-n NET/LEN] [-U USER] [-l [ADDR:]PORT] [-FEiTVh]\n"
-	"       almond passwd|deliver|check ...\n"
-	" -d spool (" SPOOL_DIR ")\n"
-	" -u users file, -s system accounts (neither: " USERS_FILE ", else -s)\n"
-	" -n network where a password may cross in clear\n"
-	" -U identity of sessions (" SESSION_USER ")\n"
-	" -l listen here (110), -F in the foreground, -E log to standard error\n"
+    "usage: almond [-d SPOOL] [-u USERS] [-s] [-n NET/LEN] [-U USER] [-l [ADDR:]PORT] [-FEiTVh]\n"
+    "       almond passwd|deliver|check ...\n"
+    " -d spool (" SPOOL_DIR ")\n"
+    " -u users file, -s system accounts (neither: " USERS_FILE ", else -s)\n"
+    " -n network where a password may cross in clear\n"
+    " -U identity of sessions (" SESSION_USER ")\n"
+    " -l listen here (110), -F in the foreground, -E log to standard error\n"
 	" -i serve standard input (inetd)\n"
 	" -T check the configuration, -V version and switches\n";
 
@@ -570,10 +585,12 @@ static const char usage[] =
 #define SWITCH(x) SWITCH_(#x, ENABLE_##x)
 static void print_version(void)
 {
-	print("almond " VERSION "\n" SWITCH(MBOX) SWITCH(MAILDIR) SWITCH(CONTENT_LENGTH) SWITCH(USERS) SWITCH(SYSTEM)
-	    SWITCH(SHA_CRYPT) SWITCH(MD5_CRYPT) SWITCH(CRYPT) SWITCH(APOP) SWITCH(LAST) SWITCH(UTF8) SWITCH(ALONE)
-	    SWITCH(PRIVSEP) SWITCH(PASSWD) SWITCH(DELIVER) SWITCH(CHECK) "session: at most %u bytes, and %u a message\n",
-	    (unsigned)(sizeof (struct wire) + SCAN_BUFFER), (unsigned)(sizeof (struct msg) + 24));
+	print("almond " VERSION "\n"
+	    SWITCH(MBOX) SWITCH(MAILDIR) SWITCH(CONTENT_LENGTH) SWITCH(USERS) SWITCH(SYSTEM)
+	    SWITCH(SHA_CRYPT) SWITCH(MD5_CRYPT) SWITCH(CRYPT) SWITCH(APOP) SWITCH(LAST)
+	    SWITCH(UTF8) SWITCH(ALONE) SWITCH(PRIVSEP) SWITCH(PASSWD) SWITCH(DELIVER)
+	    SWITCH(CHECK) "session: at most %u bytes, and %u a message\n",
+	    (unsigned)(sizeof(struct wire) + SCAN_BUFFER), (unsigned)(sizeof(struct msg) + 24));
 }
 
 static int bad_usage(void)
@@ -591,7 +608,8 @@ int conf_fill(void)
 			conf.system = true;
 	}
 	if ((conf.users && !ENABLE_USERS) || (conf.system && !ENABLE_SYSTEM)) {
-		log_line(L_ERROR, "this build knows no %s: see `almond -V`", conf.system ? "-s" : "-u");
+		log_line(L_ERROR, "this build knows no %s: see `almond -V`",
+		    conf.system ? "-s" : "-u");
 		return EX_CONF;
 	}
 	return session_user();

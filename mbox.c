@@ -1,5 +1,6 @@
-/* mbox.c: owns the mbox store: where messages begin and end, and how some are taken out.  The first half runs in the session
- * over a read-only descriptor, the second in the monitor with the user's rights.  Nothing here writes except mbox_commit. */
+/* mbox.c: owns the mbox store: where messages begin and end, and how some are taken out.  The first
+ * half runs in the session over a read-only descriptor, the second in the monitor with the user's
+ * rights.  Nothing here writes except mbox_commit. */
 #include "almond.h"
 
 #include <sys/mman.h>
@@ -26,8 +27,8 @@ static bool digits(const char *p, size_t n)
 	return !n;
 }
 
-/* "From addr Sat Jan  3 01:05:34 1996", with or without seconds and a zone, in any order of the tokens behind the address:
- * mail programs have written them all. */
+/* "From addr Sat Jan  3 01:05:34 1996", with or without seconds and a zone, in any order of the
+ * tokens behind the address: mail programs have written them all. */
 bool mbox_separator(const char *p, size_t n)
 {
 	const char *end = p + n, *start;
@@ -37,7 +38,9 @@ bool mbox_separator(const char *p, size_t n)
 	if (n < 6 || n > MAX_SEPARATOR || memcmp(p, "From ", 5))
 		return false;
 	for (p += 5; p < end; p += k + 1) {
-		for (start = p; p < end && *p != ' ' && *p != '\t' && *p != '\r' && *p != '\n' && *p != ','; p++)
+		for (start = p;
+		     p < end && *p != ' ' && *p != '\t' && *p != '\r' && *p != '\n' && *p != ',';
+		     p++)
 			;
 		k = 0;
 		n = (size_t)(p - start);
@@ -66,8 +69,9 @@ struct scan {
 	bool header, blank, tail_bare;
 };
 
-/* The message ends where a separator begins, or the snapshot.  The blank line in front belongs to the separator, unless it is
- * the one that ends the header: such a message keeps it, since clients hang on a header without an end. */
+/* The message ends where a separator begins, or the snapshot.  The blank line in front belongs to
+ * the separator, unless it is the one that ends the header: such a message keeps it, since clients
+ * hang on a header without an end. */
 static int scan_close(struct scan *c, struct msg *m)
 {
 	m->stored = c->at - m->at - c->tail;
@@ -90,7 +94,8 @@ static void scan_begin(struct scan *c, struct msg *m)
 	c->header = true;
 }
 
-/* Content-Length is believed where it leads to the snapshot's end, or to a blank line and the next separator. */
+/* Content-Length is believed where it leads to the snapshot's end, or to a blank line and the next
+ * separator. */
 static void scan_skip(struct scan *c, const struct box *b)
 {
 	uint64_t to = c->at + c->s.n + c->length;
@@ -105,7 +110,8 @@ static void scan_skip(struct scan *c, const struct box *b)
 		return;
 	p += *p == '\r';
 	p += *p == '\n';
-	if (to == b->size || to + (uint64_t)(p - next) == b->size || (p > next && !memcmp(p, "From ", 5)))
+	if (to == b->size || to + (uint64_t)(p - next) == b->size ||
+	    (p > next && !memcmp(p, "From ", 5)))
 		c->text_until = to;
 }
 
@@ -120,7 +126,8 @@ static void scan_header(struct scan *c, struct msg *m, const struct box *b)
 		m->sum = sum_end(&c->sum);
 		if (ENABLE_CONTENT_LENGTH && c->length)
 			scan_skip(c, b);
-	} else if (ENABLE_CONTENT_LENGTH && c->s.bol && field_is(c->s.p, c->s.n, "Content-Length")) {
+	} else if (ENABLE_CONTENT_LENGTH && c->s.bol &&
+	    field_is(c->s.p, c->s.n, "Content-Length")) {
 		while (k < c->s.n && c->s.p[k] == ' ')
 			k++;
 		while (k < c->s.n && n < sizeof value - 1 && c->s.p[k] >= '0' && c->s.p[k] <= '9')
@@ -148,8 +155,8 @@ static bool pseudo(struct box *b, struct pieces *s)
 	return subject && imap;
 }
 
-/* Invariant: before each piece, m is the message that it belongs to, NULL in front of the first separator, and b->msg[] is
- * right for all before m; c.blank says that a separator may come now. */
+/* Invariant: before each piece, m is the message that it belongs to, NULL in front of the first
+ * separator, and b->msg[] is right for all before m; c.blank says that a separator may come now. */
 static int scan_all(struct box *b, struct scan *c)
 {
 	struct msg *m = NULL;
@@ -161,7 +168,8 @@ static int scan_all(struct box *b, struct scan *c)
 		open = !c->s.eol;
 		was_blank = c->blank;
 		c->blank = piece_blank(&c->s);
-		if (was_blank && c->s.bol && c->at >= c->text_until && mbox_separator(c->s.p, c->s.n)) {
+		if (was_blank && c->s.bol && c->at >= c->text_until &&
+		    mbox_separator(c->s.p, c->s.n)) {
 			err = m ? scan_close(c, m) : 0;
 			if (err)
 				return err;
@@ -202,11 +210,12 @@ static void mbox_gone(const struct box *b, uint32_t i, struct gone *g)
 static bool unchanged(const struct stat *a, const struct stat *b)
 {
 	return a->st_size == b->st_size && a->st_mtim.tv_sec == b->st_mtim.tv_sec &&
-		a->st_mtim.tv_nsec == b->st_mtim.tv_nsec && a->st_ctim.tv_sec == b->st_ctim.tv_sec &&
-		a->st_ctim.tv_nsec == b->st_ctim.tv_nsec;
+	    a->st_mtim.tv_nsec == b->st_mtim.tv_nsec && a->st_ctim.tv_sec == b->st_ctim.tv_sec &&
+	    a->st_ctim.tv_nsec == b->st_ctim.tv_nsec;
 }
 
-/* Any change since the snapshot may be an append, which is no matter, or a rewrite: then the message itself is looked at. */
+/* Any change since the snapshot may be an append, which is no matter, or a rewrite: then the
+ * message itself is looked at. */
 static int mbox_look(struct box *b, uint32_t i)
 {
 	struct pieces s;
@@ -283,7 +292,8 @@ int mbox_fits(struct pieces *s, int fd, const struct gone *g, uint64_t size)
 		return -errno;
 	if (end < size)
 		return n < 5 || memcmp(p, "From ", 5) ? -EAGAIN : 0;
-	/* What a delivery has put behind the snapshot since then, if only the first octet of it yet. */
+	/* What a delivery has put behind the snapshot since then, if only the first octet of it
+	 * yet. */
 	while (n && (*p == '\n' || *p == '\r'))
 		p++, n--;
 	return memcmp(p, "From ", n < 5 ? (size_t)n : 5) ? -EAGAIN : 0;
@@ -319,7 +329,8 @@ static int move_down(int fd, struct lock *l, char *buffer, uint64_t from, uint64
 	return 0;
 }
 
-/* Invariant: all octets below `to` are the new mailbox's, all from g[i].at on are still the old one's. */
+/* Invariant: all octets below `to` are the new mailbox's, all from g[i].at on are still the old
+ * one's. */
 static int take_out(int fd, struct lock *l, const struct gone *g, size_t n, uint64_t size)
 {
 	char *buffer = map(SCAN_BUFFER);
@@ -340,7 +351,8 @@ static int take_out(int fd, struct lock *l, const struct gone *g, size_t n, uint
 	return err;
 }
 
-/* Is this what may go?  Ascending, disjoint, inside the snapshot, each a message that was indexed. */
+/* Is this what may go?  Ascending, disjoint, inside the snapshot, each a message that was indexed.
+ */
 static int all_fit(int fd, const struct gone *g, size_t n, uint64_t size)
 {
 	struct pieces s;
@@ -372,7 +384,9 @@ int mbox_commit(struct vault *v, const struct gone *g, size_t n)
 	err = lock_take(&lock, v->spool, v->box, fd);
 	if (!err && fstat(fd, &st) < 0)
 		err = -errno;
-	if (!err && (st.st_dev != v->seen.st_dev || st.st_ino != v->seen.st_ino || st.st_size < v->seen.st_size))
+	if (!err &&
+	    (st.st_dev != v->seen.st_dev || st.st_ino != v->seen.st_ino ||
+		st.st_size < v->seen.st_size))
 		err = -EAGAIN;
 	if (!err)
 		err = all_fit(fd, g, n, (uint64_t)v->seen.st_size);

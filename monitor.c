@@ -1,10 +1,11 @@
-/* monitor.c: owns the few questions between the session and its monitor.  The first part runs in the session; the rest in the
- * monitor, as root until a login where it was started so, then as the user; it parses nothing that came from the net: questions
- * and answers are structs of fixed size, and each side checks all that it reads.
+/* monitor.c: owns the few questions between the session and its monitor.  The first part runs in
+ * the session; the rest in the monitor, as root until a login where it was started so, then as the
+ * user; it parses nothing that came from the net: questions and answers are structs of fixed size,
+ * and each side checks all that it reads.
  *
  * question   when               answer               checked
  * HELLO      first, once        greeting, CAPA       -
- * PASS APOP  then, MAX_TRIES    0, -EACCES           name, ends in NUL; a password in clear only where it may cross
+ * PASS APOP  then, MAX_TRIES    0, -EACCES           name ends in NUL; in clear only where it may
  * OPEN       logged in, once    snapshot, descriptor -
  * FETCH      open, a Maildir    descriptor           number
  * GONE       open               -                    count; COMMIT looks at the extents
@@ -187,14 +188,16 @@ static void answer_hello(struct answer *a)
 	struct hello *h = &a->u.hello;
 	struct utsname u;
 
-	fmt(h->host, sizeof h->host, "%s", uname(&u) == 0 && *u.nodename ? u.nodename : "localhost");
+	fmt(h->host, sizeof h->host, "%s",
+	    uname(&u) == 0 && *u.nodename ? u.nodename : "localhost");
 	make_stamp(h->host);
 	memcpy(h->stamp, m.stamp, sizeof m.stamp);
 	h->clear = m.clear;
 	m.stage = GREETED;
 }
 
-/* The mailbox's session lock and the user's rights: what only root can get, before it stops being root. */
+/* The mailbox's session lock and the user's rights: what only root can get, before it stops being
+ * root. */
 static int take_identity(void)
 {
 	struct stat spool;
@@ -203,7 +206,8 @@ static int take_identity(void)
 	m.vault.spool = open_at(AT_FDCWD, conf.spool, O_RDONLY | O_DIRECTORY);
 	err = m.vault.spool < 0 ? m.vault.spool : fstat(m.vault.spool, &spool) < 0 ? -errno : 0;
 	if (err) {
-		log_line(L_ERROR, "spool %s: %s; make it, or name another with -d", conf.spool, reason(err));
+		log_line(L_ERROR, "spool %s: %s; make it, or name another with -d", conf.spool,
+		    reason(err));
 		return -EPERM;
 	}
 	m.lock = session_lock(&spool, m.who.box, m.who.uid);
@@ -226,13 +230,14 @@ static int answer_login(struct question *q)
 	size_t n = q->n;
 	int err = -EACCES;
 
-	if (q->u.login.name[MAX_NAME] || name_fault(q->u.login.name) || n > sizeof q->u.login.secret ||
-	    (apop && n != MD5_SIZE))
+	if (q->u.login.name[MAX_NAME] || name_fault(q->u.login.name) ||
+	    n > sizeof q->u.login.secret || (apop && n != MD5_SIZE))
 		return -EINVAL;
 	m.tries++;
 	m.method = apop ? "APOP" : "PASS";
 	if (ENABLE_APOP && apop && *m.stamp)
-		err = auth_apop(q->u.login.name, m.stamp, (const uint8_t *)q->u.login.secret, &m.who);
+		err =
+		    auth_apop(q->u.login.name, m.stamp, (const uint8_t *)q->u.login.secret, &m.who);
 	else if (!apop && m.clear)
 		err = auth_password(q->u.login.name, q->u.login.secret, n, &m.who);
 	wipe(q->u.login.secret, sizeof q->u.login.secret);
@@ -297,7 +302,8 @@ static int commit(void)
 	return -EINVAL;
 }
 
-/* Whatever comes of it, the session is over: who comes next need not wait until the line is closed. */
+/* Whatever comes of it, the session is over: who comes next need not wait until the line is closed.
+ */
 static int answer_commit(void)
 {
 	static const int all[] = { SIGTERM, SIGINT, SIGHUP, SIGPIPE, SIGXFSZ, 0 };
@@ -329,15 +335,15 @@ static int answer_note(const struct question *q)
 
 	if (q->n >= NOTE_COUNT || ++m.notes > MAX_NOTES)
 		return -EINVAL;
-	log_line(L_WARN, "note user=%s rip=%s: %s msg=%u err=%d", *m.who.name ? m.who.name : "-", m.addr, text[q->n],
-	    (unsigned)q->u.gone[0].at, q->err);
+	log_line(L_WARN, "note user=%s rip=%s: %s msg=%u err=%d", *m.who.name ? m.who.name : "-",
+	    m.addr, text[q->n], (unsigned)q->u.gone[0].at, q->err);
 	return 0;
 }
 
 /* A question out of its turn is answered -EPROTO; nothing happens. */
 static int answer(struct question *q, struct answer *a, int *fd)
 {
-	static const uint8_t stage_of[] = { START, GREETED, GREETED, KNOWN, OPENED, OPENED, OPENED };
+	static const uint8_t stage_of[] = {START, GREETED, GREETED, KNOWN, OPENED, OPENED, OPENED};
 
 	memset(a, 0, sizeof *a);
 	if (q->op == NOTE)
@@ -445,16 +451,20 @@ static struct wire wire;
 
 static void ended(void)
 {
-	static const char *const why[WHY_COUNT] = { "lost", "quit", "idle", "errors", "store", "taken over", "stopped" };
+	static const char *const why[WHY_COUNT] = {
+	    "lost", "quit", "idle", "errors", "store", "taken over", "stopped"};
 	uint32_t w = page->why;
 
 	count(&counters->retrieved, page->retr);
 	count(&counters->deleted, m.gones ? page->dele : 0);
 	if (m.stage < KNOWN)
 		return;
-	log_line(L_INFO, "end user=%s rip=%s method=%s tls=no retr=%u top=%u dele=%u left=%u bytes=%llu secs=%llu why=%s",
-	    m.who.name, m.addr, m.method, page->retr, page->top, page->dele, page->left, (unsigned long long)page->bytes,
-	    (unsigned long long)(now() - m.since) / 1000, why[w < WHY_COUNT ? w : WHY_LOST]);
+	log_line(L_INFO,
+	    "end user=%s rip=%s method=%s tls=no retr=%u top=%u dele=%u left=%u "
+	    "bytes=%llu secs=%llu why=%s",
+	    m.who.name, m.addr, m.method, page->retr, page->top, page->dele, page->left,
+	    (unsigned long long)page->bytes, (unsigned long long)(now() - m.since) / 1000,
+	    why[w < WHY_COUNT ? w : WHY_LOST]);
 }
 
 static bool asked(void)
@@ -479,9 +489,9 @@ static int serve(int in, int out)
 	wire.out = out;
 	wire.pulse = &page->pulse;
 	*wire.pulse = (uint32_t)(now() / 1000);
-	setsockopt(out, 6, 1, &on, sizeof on);                  /* IPPROTO_TCP, TCP_NODELAY: replies are whole */
+	setsockopt(out, 6, 1, &on, sizeof on); /* IPPROTO_TCP, TCP_NODELAY: replies are whole */
 	setsockopt(out, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
-	setsockopt(out, 6, 18, &stall, sizeof stall);           /* TCP_USER_TIMEOUT: a vanished peer's line ends */
+	setsockopt(out, 6, 18, &stall, sizeof stall); /* TCP_USER_TIMEOUT: ends a vanished peer */
 	if (!waits)
 		control(out, F_SETFL, control(out, F_GETFL, 0) | O_NONBLOCK);
 	pop3(&wire);
@@ -519,7 +529,8 @@ static bool message_send(const void *p, size_t n, int fd)
 	return sendmsg(channel, &h, MSG_NOSIGNAL) == (ssize_t)n;
 }
 
-/* The next one, of exactly n octets; *fd, where fd is not NULL, gets a descriptor that came with it. */
+/* The next one, of exactly n octets; *fd, where fd is not NULL, gets a descriptor that came with
+ * it. */
 static bool message_receive(void *p, size_t n, int *fd)
 {
 	union { struct cmsghdr h; char room[CMSG_SPACE(sizeof *fd)]; } c = { .room = "" };
@@ -573,7 +584,8 @@ static int session(int in, int out, int chan)
 	out = control(out, F_DUPFD, 4);
 	if (!log_open_stderr())
 		dup2(null, 2);
-	if (in < 0 || out < 0 || chan < 0 || dup2(in, 0) < 0 || dup2(out, 1) < 0 || dup2(chan, 3) < 0)
+	if (in < 0 || out < 0 || chan < 0 || dup2(in, 0) < 0 || dup2(out, 1) < 0 ||
+	    dup2(chan, 3) < 0)
 		return EX_OS;
 	close_from(4);
 	close(signal_open(blocked));
@@ -582,10 +594,12 @@ static int session(int in, int out, int chan)
 	return serve(0, 1);
 }
 
-/* Answer until the session ends, someone takes over, or we are told to stop; a stop waits until an answer is given. */
+/* Answer until the session ends, someone takes over, or we are told to stop; a stop waits until an
+ * answer is given. */
 static void answer_all(int signals)
 {
-	struct pollfd p[3] = { { .fd = channel, .events = POLLIN }, { .events = POLLIN }, { .fd = signals, .events = POLLIN } };
+	struct pollfd p[3] = {{.fd = channel, .events = POLLIN}, {.events = POLLIN},
+	    {.fd = signals, .events = POLLIN}};
 	struct question q;
 	struct answer a;
 	int fd, n;
@@ -634,7 +648,7 @@ static int run(int in, int out)
 	}
 	close(pair[1]);
 	channel = pair[0];
-	close(in);              /* the line is the session's: when it ends, the client must see it */
+	close(in); /* the line is the session's: when it ends, the client must see it */
 	close(out);
 	null = open_at(AT_FDCWD, "/dev/null", O_RDWR);
 	dup2(null, 0);
@@ -650,7 +664,8 @@ static int run(int in, int out)
 	while (waitpid(child, &status, 0) < 0 && errno == EINTR)
 		;
 	if (status && page->why != WHY_TAKEN && page->why != WHY_STOP)
-		log_line(L_ERROR, "session user=%s rip=%s died, status %d: please report; the mail is as it was",
+		log_line(L_ERROR,
+		    "session user=%s rip=%s died, status %d: please report; the mail is as it was",
 		    *m.who.name ? m.who.name : "-", m.addr, status);
 	return 0;
 }

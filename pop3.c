@@ -1,11 +1,12 @@
-/* pop3.c: owns the protocol (RFC 1939, 2449, 3206, 6856): states, command table, argument rules, replies.  Runs in the session; no
- * path, no socket call, no hash. */
+/* pop3.c: owns the protocol (RFC 1939, 2449, 3206, 6856): states, command table, argument rules,
+ * replies.  Runs in the session; no path, no socket call, no hash. */
 #include "almond.h"
 
 enum state { AUTHORIZATION = 1, TRANSACTION = 2, ANY = 3 };
 enum arg { NONE, NAME, REST, MSG, MSG_OPT, MSG_LINES, WORD_OPT };
 enum verdict { OK, SAID, ENTER, LEAVE, DROP };
-/* OK: goes on.  SAID: an error was said, and counts.  ENTER: login done.  LEAVE: said good-bye.  DROP: cut the line. */
+/* OK: goes on.  SAID: an error was said, and counts.  ENTER: login done.  LEAVE: said good-bye.
+ * DROP: cut the line. */
 
 struct session {
 	struct wire *w;
@@ -48,7 +49,8 @@ static uint32_t left(const struct session *s, uint64_t *octets)
 
 /* ---- what stores may say ---- */
 
-/* A store's failure in front of an answer.  Changed or unreadable: nothing was sent, so the session may go on. */
+/* A store's failure in front of an answer.  Changed or unreadable: nothing was sent, so the session
+ * may go on. */
 static enum verdict store_failed(struct session *s, uint32_t i, int err)
 {
 	if (err == -ENOENT) {
@@ -172,7 +174,8 @@ static enum verdict do_lang(struct session *s, const struct args *a)
 {
 	if (!*a->text)
 		wire_say(s->w, "+OK languages follow\r\nen English\r\n.");
-	else if (!strcmp(a->text, "*") || same_word(a->text, "en") || same_word(a->text, "i-default"))
+	else if (!strcmp(a->text, "*") || same_word(a->text, "en") ||
+	    same_word(a->text, "i-default"))
 		wire_say(s->w, "+OK en English it is");
 	else
 		return refuse(s, "only en is spoken here");
@@ -233,8 +236,9 @@ static enum verdict do_uidl(struct session *s, const struct args *a)
 	return OK;
 }
 
-/* RFC 6856, section 3: a header's octets above 127 are not for a client that did not say UTF8.  As many octets go out, so LIST
- * stays right.  *header: still in the header; it ends at the first blank line. */
+/* RFC 6856, section 3: a header's octets above 127 are not for a client that did not say UTF8.  As
+ * many octets go out, so LIST stays right.  *header: still in the header; it ends at the first
+ * blank line. */
 static void surrogate(char *p, size_t n, bool *header, char *last)
 {
 	for (; n && *header; p++, n--) {
@@ -247,8 +251,8 @@ static void surrogate(char *p, size_t n, bool *header, char *last)
 	}
 }
 
-/* Send the first `stored` octets of message i.  A failure in the middle withholds the final dot and cuts the line: the client
- * then knows that it has not got the message. */
+/* Send the first `stored` octets of message i.  A failure in the middle withholds the final dot and
+ * cuts the line: the client then knows that it has not got the message. */
 static enum verdict send_message(struct session *s, uint32_t i, uint64_t stored, bool open_end)
 {
 	struct wire *w = s->w;
@@ -378,7 +382,7 @@ static enum verdict do_capa(struct session *s, const struct args *a);
 static const struct command {
 	char name[5];
 	uint8_t legal, arg;
-	const char *capa;               /* the line that CAPA prints for it: it cannot disagree with the build */
+	const char *capa; /* the line that CAPA prints for it: it cannot disagree with the build */
 	enum verdict (*run)(struct session *, const struct args *);
 } commands[] = {
 	/* name   legal          argument   CAPA     handler */
@@ -416,7 +420,8 @@ static enum verdict do_capa(struct session *s, const struct args *a)
 	for (i = 0; i < LEN(commands); i++)
 		if (commands[i].capa && (s->hello.clear || commands[i].run != do_user))
 			wire_say(s->w, "%s", commands[i].capa);
-	wire_say(s->w, "RESP-CODES\r\nAUTH-RESP-CODE\r\nPIPELINING\r\nEXPIRE NEVER\r\nIMPLEMENTATION almond\r\n.");
+	wire_say(s->w, "RESP-CODES\r\nAUTH-RESP-CODE\r\nPIPELINING\r\nEXPIRE NEVER\r\n"
+	    "IMPLEMENTATION almond\r\n.");
 	return OK;
 }
 
@@ -463,7 +468,9 @@ static const char *argument(const struct session *s, enum arg rule, char *text, 
 			return "a number and a count of lines are wanted";
 		*second++ = 0;
 		fault = message_argument(s, text, &a->n);
-		return fault ? fault : number(second, UINT64_MAX, &a->lines) < 0 ? "a count of lines is wanted" : NULL;
+		return fault                                    ? fault
+		    : number(second, UINT64_MAX, &a->lines) < 0 ? "a count of lines is wanted"
+								: NULL;
 	default:
 		return NULL;
 	}
@@ -488,7 +495,8 @@ static enum verdict dispatch(struct session *s, char *line)
 	if (i == LEN(commands))
 		return refuse(s, "this command is not known here");
 	if (!(commands[i].legal & s->state))
-		return refuse(s, s->state == AUTHORIZATION ? "log in first" : "you are logged in already");
+		return refuse(
+		    s, s->state == AUTHORIZATION ? "log in first" : "you are logged in already");
 	fault = argument(s, commands[i].arg, text, &a);
 	if (fault) {
 		if (commands[i].arg == NAME)
@@ -536,7 +544,8 @@ void pop3(struct wire *w)
 	w->deadline = now() + LOGIN_DEADLINE;
 	if (ask_hello(&s.hello))
 		return;
-	wire_say(w, "+OK POP3 %s server ready%s%s", s.hello.host, *s.hello.stamp ? " " : "", s.hello.stamp);
+	wire_say(w, "+OK POP3 %s server ready%s%s", s.hello.host, *s.hello.stamp ? " " : "",
+	    s.hello.stamp);
 	while (v != LEAVE && v != DROP) {
 		v = next(&s);
 		s.errors = v == SAID ? s.errors + 1 : 0;

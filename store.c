@@ -1,4 +1,5 @@
-/* store.c: owns what the stores share: the index's memory, lines out of a file, TOP's extent, unique-ids.  Runs in the session. */
+/* store.c: owns what the stores share: the index's memory, lines out of a file, TOP's extent,
+ * unique-ids.  Runs in the session. */
 #include "almond.h"
 
 #include <sys/mman.h>
@@ -26,7 +27,13 @@ bool map_grow(void *p_, size_t old, size_t size)
 	return true;
 }
 
-struct dirent_head { uint64_t inode; int64_t next; unsigned short size; unsigned char type; char name[]; };
+struct dirent_head {
+	uint64_t inode;
+	int64_t next;
+	unsigned short size;
+	unsigned char type;
+	char name[];
+};
 
 /* libc's opendir wants malloc. */
 const char *next_name(struct listing *l)
@@ -121,7 +128,7 @@ static int piece_fill(struct pieces *s)
 	s->to += (size_t)n;
 	s->at += (size_t)n;
 	if (page)
-		page->pulse = (uint32_t)(now() / 1000);         /* a long scan is no silence of the client's */
+		page->pulse = (uint32_t)(now() / 1000); /* a long scan is no silence */
 	return 0;
 }
 
@@ -200,8 +207,9 @@ struct uid { uint8_t id[16]; uint32_t nth; };
 /* Fields that programs which share the mailbox rewrite: they must not change a message's id. */
 static bool rewritten(const char *p, size_t n)
 {
-	static const char fields[][18] = { "Status", "X-Status", "X-Keywords", "X-UID", "X-UIDL", "X-IMAP", "X-IMAPbase",
-		"Content-Length", "Lines", "X-Mozilla-Status", "X-Mozilla-Status2", "X-Mozilla-Keys" };
+	static const char fields[][18] = {"Status", "X-Status", "X-Keywords", "X-UID", "X-UIDL",
+	    "X-IMAP", "X-IMAPbase", "Content-Length", "Lines", "X-Mozilla-Status",
+	    "X-Mozilla-Status2", "X-Mozilla-Keys"};
 	size_t i;
 
 	for (i = 0; i < LEN(fields); i++)
@@ -220,8 +228,9 @@ static size_t quoting(const char *p, size_t n)
 	return n - k >= 5 && !memcmp(p + k, "From ", 5) ? k : 0;
 }
 
-/* Message i in a form that is the same in every store: LF, no quoting, no rewritten field, no blank lines at the end; SHA-256
- * over its header, and over a checksum of its body, which is too long for a slow hash. */
+/* Message i in a form that is the same in every store: LF, no quoting, no rewritten field, no blank
+ * lines at the end; SHA-256 over its header, and over a checksum of its body, which is too long for
+ * a slow hash. */
 static int uid_make(struct box *b, struct pieces *s, uint32_t i, uint8_t id[16])
 {
 	uint64_t start = base(b, i), body;
@@ -327,7 +336,8 @@ static int uid_all(struct box *b)
 
 int box_uid(struct box *b, uint32_t i, char to[UID_SIZE])
 {
-	static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+	static const char digits[] =
+	    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 	unsigned bits = 0, have = 0, k = 0;
 	int err = b->uid ? 0 : uid_all(b);
 	const struct uid *u;
@@ -348,7 +358,8 @@ int box_uid(struct box *b, uint32_t i, char to[UID_SIZE])
 }
 
 /* Heapsort: no memory, no worst case, few octets. */
-void sort_numbers(uint32_t *v, uint32_t n, int (*order)(const void *, uint32_t, uint32_t), const void *context)
+void sort_numbers(
+	uint32_t *v, uint32_t n, int (*order)(const void *, uint32_t, uint32_t), const void *context)
 {
 	uint32_t start = n / 2, end = n, root, child, x;
 

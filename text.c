@@ -1,4 +1,5 @@
-/* text.c: owns text without stdio: formatting, numbers, names, lines of small files, the log; and the clock.  Any process. */
+/* text.c: owns text without stdio: formatting, numbers, names, lines of small files, the log; and
+ * the clock.  Any process. */
 #include "almond.h"
 
 #include <poll.h>
@@ -105,7 +106,9 @@ char *find_last(const char *s, char c)
 
 int hex_digit(char c)
 {
-	return c >= '0' && c <= '9' ? c - '0' : (c | 0x20) >= 'a' && (c | 0x20) <= 'f' ? (c | 0x20) - 'a' + 10 : -1;
+	return c >= '0' && c <= '9'                  ? c - '0'
+	    : (c | 0x20) >= 'a' && (c | 0x20) <= 'f' ? (c | 0x20) - 'a' + 10
+						     : -1;
 }
 
 bool same_word(const char *a, const char *b)
@@ -213,8 +216,9 @@ static bool is_client(void)
 {
 	struct stat in, err;
 
-	return fstat(2, &err) < 0 || (fstat(0, &in) == 0 && S_ISSOCK(in.st_mode) && in.st_dev == err.st_dev &&
-	    in.st_ino == err.st_ino);
+	return fstat(2, &err) < 0 ||
+	    (fstat(0, &in) == 0 && S_ISSOCK(in.st_mode) && in.st_dev == err.st_dev &&
+		in.st_ino == err.st_ino);
 }
 
 void log_open(bool to_stderr)
@@ -257,11 +261,13 @@ void log_line(int level, const char *format, ...)
 
 const char *reason(int err)
 {
-	static const uint16_t known[] = { EACCES, EPERM, ENOENT, ENOSPC, EDQUOT, EIO, EROFS, EBUSY, EADDRINUSE, EAGAIN, ENOMEM,
-		ENOTDIR, ELOOP, EADDRNOTAVAIL };
-	static const char texts[] = "permission denied\0not permitted\0not there\0disk full\0quota used up\0input/output error\0"
-		"read-only file system\0in use\0port in use\0changed by another program\0out of memory\0no directory\0"
-		"a symbolic link\0no such address here";
+	static const uint16_t known[] = {EACCES, EPERM, ENOENT, ENOSPC, EDQUOT, EIO, EROFS, EBUSY,
+	    EADDRINUSE, EAGAIN, ENOMEM, ENOTDIR, ELOOP, EADDRNOTAVAIL};
+	static const char texts[] =
+		"permission denied\0not permitted\0not there\0disk full\0quota used up\0"
+		"input/output error\0read-only file system\0in use\0port in use\0"
+		"changed by another program\0out of memory\0no directory\0a symbolic link\0"
+		"no such address here";
 	static char other[24];
 	const char *t = texts;
 	size_t i;
@@ -274,7 +280,8 @@ const char *reason(int err)
 	return other;
 }
 
-/* The kernel's clock without libc's way there, which is 1 kB; 32-bit kernels have a newer call since 5.1. */
+/* The kernel's clock without libc's way there, which is 1 kB; 32-bit kernels have a newer call
+ * since 5.1. */
 #ifdef SYS_clock_gettime32
 enum { CALL_CLOCK_OLD = SYS_clock_gettime32 };
 #elif defined SYS_clock_gettime

@@ -1,4 +1,5 @@
-/* wire.c: owns the octets to and from the client: a line in, one buffer out, one sticky error.  Runs in the session. */
+/* wire.c: owns the octets to and from the client: a line in, one buffer out, one sticky error. Runs
+ * in the session. */
 #include "almond.h"
 
 #include <poll.h>
@@ -21,12 +22,12 @@ static void beat(struct wire *w)
 		*w->pulse = (uint32_t)(now() / 1000);
 }
 
-/* Wait until fd is ready.  The time that counts is the client's silence: octets that it takes out of the kernel's queue are
- * a sign of life, so that a slow line has all the time it needs.  `silence` is how long it may last, `deadline` is absolute
- * (0: none) and nothing moves it. */
+/* Wait until fd is ready.  The time that counts is the client's silence: octets that it takes out
+ * of the kernel's queue are a sign of life, so that a slow line has all the time it needs.
+ * `silence` is how long it may last, `deadline` is absolute (0: none) and nothing moves it. */
 static int wire_wait(struct wire *w, int fd, short events, uint64_t silence, uint64_t deadline)
 {
-	struct pollfd p[2] = { { .fd = fd, .events = events }, { .fd = w->watch, .events = POLLIN } };
+	struct pollfd p[2] = {{.fd = fd, .events = events}, {.fd = w->watch, .events = POLLIN}};
 	uint64_t t = now(), end = t + silence;
 	int queued = 0, q, n;
 
@@ -176,8 +177,8 @@ void wire_begin(struct wire *w)
 	w->last = '\n';
 }
 
-/* Invariant: `last` is the octet in front of p in the message; o <= p, since o moves at most two for one of p, and at the
- * start the way from o to p is no less than what is left. */
+/* Invariant: `last` is the octet in front of p in the message; o <= p, since o moves at most two
+ * for one of p, and at the start the way from o to p is no less than what is left. */
 void wire_stuff(struct wire *w, size_t n)
 {
 	const char *p = w->tail, *end = p + n, *nl;
