@@ -284,8 +284,8 @@ int auth_password(const char *name, const char *secret, size_t n, struct account
 }
 
 #if ENABLE_APOP
-int auth_apop(
-    const char *name, const char *stamp, const uint8_t digest[MD5_SIZE], struct account *who)
+int auth_apop(const char *name, const char *stamp, const uint8_t digest[MD5_SIZE],
+	struct account *who)
 {
 	uint8_t want[MD5_SIZE];
 	struct search s;

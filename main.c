@@ -570,13 +570,14 @@ static int start_alone(char *const listeners[], unsigned n, bool foreground)
 /* ---- the command line ---- */
 
 static const char usage[] =
-    "usage: almond [-d SPOOL] [-u USERS] [-s] [-n NET/LEN] [-U USER] [-l [ADDR:]PORT] [-FEiTVh]\n"
-    "       almond passwd|deliver|check ...\n"
-    " -d spool (" SPOOL_DIR ")\n"
-    " -u users file, -s system accounts (neither: " USERS_FILE ", else -s)\n"
-    " -n network where a password may cross in clear\n"
-    " -U identity of sessions (" SESSION_USER ")\n"
-    " -l listen here (110), -F in the foreground, -E log to standard error\n"
+	"usage: almond [-d SPOOL] [-u USERS] [-s] [-n NET/LEN] [-U USER]\n"
+	"              [-l [ADDR:]PORT] [-FEiTVh]\n"
+	"       almond passwd|deliver|check ...\n"
+	" -d spool (" SPOOL_DIR ")\n"
+	" -u users file, -s system accounts (neither: " USERS_FILE ", else -s)\n"
+	" -n network where a password may cross in clear\n"
+	" -U identity of sessions (" SESSION_USER ")\n"
+	" -l listen here (110), -F in the foreground, -E log to standard error\n"
 	" -i serve standard input (inetd)\n"
 	" -T check the configuration, -V version and switches\n";
 

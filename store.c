@@ -358,8 +358,8 @@ int box_uid(struct box *b, uint32_t i, char to[UID_SIZE])
 }
 
 /* Heapsort: no memory, no worst case, few octets. */
-void sort_numbers(
-	uint32_t *v, uint32_t n, int (*order)(const void *, uint32_t, uint32_t), const void *context)
+void sort_numbers(uint32_t *v, uint32_t n, int (*order)(const void *, uint32_t, uint32_t),
+	const void *context)
 {
 	uint32_t start = n / 2, end = n, root, child, x;
 
