@@ -233,6 +233,6 @@
 #error "LOCK_STALE must be below LOCK_WAIT, or no stale lock is ever found out."
 #endif
 #if WIRE_IN < 2 * MAX_LINE || WIRE_OUT < 4096 || SCAN_BUFFER < 4 * MAX_SEPARATOR
-#error "Too small: WIRE_IN holds two lines, WIRE_OUT 4096 octets, SCAN_BUFFER four separators."
+#error "A buffer is too small: WIRE_IN 2 lines, WIRE_OUT 4096 octets, SCAN_BUFFER 4 separators."
 #endif
 #endif
