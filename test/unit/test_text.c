@@ -24,7 +24,8 @@ static void numbers(void)
 	check(num("0", 10, 0) && num("007", 10, 7) && num("10", 10, 10) && num("9", 9, 9));
 	check(num("18446744073709551615", UINT64_MAX, UINT64_MAX));
 	check(num("000000000000000000000000000000001", 5, 1));
-	check(no_num("18446744073709551616", UINT64_MAX) && no_num("99999999999999999999", UINT64_MAX));
+	check(no_num("18446744073709551616", UINT64_MAX) &&
+	    no_num("99999999999999999999", UINT64_MAX));
 	check(no_num("11", 10) && no_num("4", 3) && no_num("10", 9) && no_num("1", 0));
 	check(no_num("", 10) && no_num("-1", 10) && no_num("+1", 10) && no_num(" 1", 10));
 	check(no_num("1 ", 10) && no_num("1x", 10) && no_num("0x1", 10) && no_num("1\n", 10));
@@ -39,9 +40,12 @@ static void names(void)
 	check(name_fault(longest) != NULL);
 	longest[MAX_NAME] = 0;
 	check(!name_fault(longest));
-	check(!name_fault("a") && !name_fault("a.b@c-d_e+f") && !name_fault("\xc3\xa4") && !name_fault("lock"));
-	check(name_fault("") && name_fault(".") && name_fault("..") && name_fault(".x") && name_fault("../x"));
-	check(name_fault("a/b") && name_fault("a:b") && name_fault("a b") && name_fault("a\n") && name_fault("\x7f"));
+	check(!name_fault("a") && !name_fault("a.b@c-d_e+f") && !name_fault("\xc3\xa4") &&
+	    !name_fault("lock"));
+	check(name_fault("") && name_fault(".") && name_fault("..") && name_fault(".x") &&
+	    name_fault("../x"));
+	check(name_fault("a/b") && name_fault("a:b") && name_fault("a b") && name_fault("a\n") &&
+	    name_fault("\x7f"));
 	check(name_fault("a.lock") && !name_fault("a.lock2"));
 }
 
@@ -51,16 +55,22 @@ static void words(void)
 
 	check(!strcmp(escape(to, sizeof to, "a b\\=\n\xff", 7), "a\\x20b\\x5C\\x3D\\x0A\\xFF"));
 	check(strlen(escape(small, sizeof small, "\n\n\n\n", 4)) < sizeof small);
-	check(fmt(to, sizeof to, "%s|%c|%d|%u|%x|%%", "s", 'c', -5, 7u, 255u) == 13 && !strcmp(to, "s|c|-5|7|ff|%"));
-	check(fmt(to, sizeof to, "%llu %lld", 18446744073709551615ull, -9223372036854775807ll - 1) == 41 - 2 ||
+	check(fmt(to, sizeof to, "%s|%c|%d|%u|%x|%%", "s", 'c', -5, 7u, 255u) == 13 &&
+	    !strcmp(to, "s|c|-5|7|ff|%"));
+	check(fmt(to, sizeof to, "%llu %lld", 18446744073709551615ull,
+		  -9223372036854775807ll - 1) == 41 - 2 ||
 	    strlen(to) == sizeof to - 1);
-	check(fmt(to, sizeof to, "%zu %lu %ld", (size_t)12, 34ul, -56l) == 9 && !strcmp(to, "12 34 -56"));
+	check(fmt(to, sizeof to, "%zu %lu %ld", (size_t)12, 34ul, -56l) == 9 &&
+	    !strcmp(to, "12 34 -56"));
 	check(fmt(small, sizeof small, "%s", "longer than it") == 7 && !strcmp(small, "longer "));
 	check(fmt(small, 1, "x") == 0 && !*small);
-	check(same_word("QUIT", "quit") && same_word("", "") && !same_word("quit", "qui") && !same_word("qui", "quit"));
+	check(same_word("QUIT", "quit") && same_word("", "") && !same_word("quit", "qui") &&
+	    !same_word("qui", "quit"));
 	check(!same_word("@", "`") && !same_word("[", "{"));
-	check(hex_digit('0') == 0 && hex_digit('f') == 15 && hex_digit('F') == 15 && hex_digit('g') < 0 && hex_digit('/') < 0);
-	check(!strcmp(reason(-ENOSPC), "disk full") && !strcmp(reason(EADDRNOTAVAIL), "no such address here"));
+	check(hex_digit('0') == 0 && hex_digit('f') == 15 && hex_digit('F') == 15 &&
+	    hex_digit('g') < 0 && hex_digit('/') < 0);
+	check(!strcmp(reason(-ENOSPC), "disk full") &&
+	    !strcmp(reason(EADDRNOTAVAIL), "no such address here"));
 	check(!strncmp(reason(9999), "error 9999", 10));
 }
 

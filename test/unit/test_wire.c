@@ -1,4 +1,5 @@
-/* test_wire.c: proves wire.c: stuffing in place, against the plainest way to say it, for texts cut in all places; and lines in.
+/* test_wire.c: proves wire.c: stuffing in place, against the plainest way to say it, for texts cut
+ * in all places; and lines in.
  * Links: text.c */
 #include "../../wire.c"
 #include "unit.h"
@@ -81,8 +82,9 @@ static bool stuffed(const char *text, size_t n, size_t step)
 
 static void texts(void)
 {
-	static const char *const some[] = { "", ".", "..", "\n", "\r", "\r\n", ".\n.\n", "a\n.b\n..c", "a\r\n.b\rc\r\n",
-		"x\r\r\n.y", "\n\n.\n", ".\r\n", "no end", "a\n\r\n.\n" };
+	static const char *const some[] = {"", ".", "..", "\n", "\r", "\r\n", ".\n.\n",
+	    "a\n.b\n..c", "a\r\n.b\rc\r\n", "x\r\r\n.y", "\n\n.\n", ".\r\n", "no end",
+	    "a\n\r\n.\n"};
 	static char text[100000];
 	uint32_t r = 1;
 	size_t i, k;
