@@ -98,7 +98,7 @@ class Agents:
 
     def dotlockfile(self, mail):
         """liblockfile's lock alone, and a mail that comes in two parts."""
-        self.run(['sh', '-c', 'until "$1" -l -r 0 -p "$0.lock"; do sleep 0.02; done; '
+        self.run(['sh', '-c', 'n=0; until "$1" -l -r 0 -p "$0.lock"; do n=$((n+1)); [ $n -lt 1000 ] || exit 75; sleep 0.02; done; '
                   '(head -c 200; sleep 0.01; cat) >>"$0"; "$1" -u "$0.lock"', self.path, tool('dotlockfile')],
                  SEPARATOR + mail + b'\n')
 
