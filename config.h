@@ -12,17 +12,17 @@
 /* Mailbox formats.  Which of them a user has is seen from what lies at SPOOL/user; at least one
  * must be on. */
 #ifndef ENABLE_MBOX
-#define ENABLE_MBOX 1 /* [8160] */
+#define ENABLE_MBOX 1 /* [8464] */
 #endif
 #ifndef ENABLE_MAILDIR
-#define ENABLE_MAILDIR 1 /* [3901] */
+#define ENABLE_MAILDIR 1 /* [3933] */
 #endif
 
 /* Believe Content-Length in an mbox (mboxcl2 spools) where it leads exactly to the next separator
  * or the end.  Off, because where the delivery agent does not write the field itself, a sender can
  * use it to hide the next mail inside his own. */
 #ifndef ENABLE_CONTENT_LENGTH
-#define ENABLE_CONTENT_LENGTH 0 /* [352] */
+#define ENABLE_CONTENT_LENGTH 0 /* [320] */
 #endif
 
 /* How much a "From " line behind a blank line must look like a separator: 0 = as it is; 1 = it
@@ -35,10 +35,10 @@
 /* Where accounts come from: a users file (-u), the system's own (-s, through /etc/passwd and
  * /etc/shadow). */
 #ifndef ENABLE_USERS
-#define ENABLE_USERS 1 /* [7856] */
+#define ENABLE_USERS 1 /* [7872] */
 #endif
 #ifndef ENABLE_SYSTEM
-#define ENABLE_SYSTEM 1 /* [544] */
+#define ENABLE_SYSTEM 1 /* [576] */
 #endif
 
 /* Password formats.  SCRAM-SHA-256 and {PLAIN} are always in.  ENABLE_CRYPT hands every other
@@ -53,14 +53,14 @@
 #define ENABLE_MD5_CRYPT 1 /* [32] */
 #endif
 #ifndef ENABLE_CRYPT
-#define ENABLE_CRYPT 0 /* [77192] */
+#define ENABLE_CRYPT 0 /* [77160] */
 #endif
 
 /* Protocol.  APOP is announced only where every account has a {PLAIN} secret.  LAST serves old
  * printers.  UTF8 (RFC 6856) adds UTF8 and LANG; with it, octets above 127 in a header are sent as
  * '?' to a client that did not say UTF8. */
 #ifndef ENABLE_APOP
-#define ENABLE_APOP 1 /* [832] */
+#define ENABLE_APOP 1 /* [880] */
 #endif
 #ifndef ENABLE_LAST
 #define ENABLE_LAST 1 /* [64] */
@@ -71,25 +71,25 @@
 
 /* Listen without inetd (and take sockets from systemd). */
 #ifndef ENABLE_ALONE
-#define ENABLE_ALONE 1 /* [2992] */
+#define ENABLE_ALONE 1 /* [3008] */
 #endif
 
 /* Two processes a session, so that the one that reads the network can open no file.  0 saves a
  * process where memory is short: a bug in the protocol's code is then a bug with the user's
  * rights, before the login with root's. */
 #ifndef ENABLE_PRIVSEP
-#define ENABLE_PRIVSEP 1 /* [2416] */
+#define ENABLE_PRIVSEP 1 /* [2320] */
 #endif
 
 /* The tools in the same binary. */
 #ifndef ENABLE_PASSWD
-#define ENABLE_PASSWD 1 /* [5216] */
+#define ENABLE_PASSWD 1 /* [5248] */
 #endif
 #ifndef ENABLE_DELIVER
-#define ENABLE_DELIVER 1 /* [4208] */
+#define ENABLE_DELIVER 1 /* [4240] */
 #endif
 #ifndef ENABLE_CHECK
-#define ENABLE_CHECK 1 /* [3636] */
+#define ENABLE_CHECK 1 /* [3748] */
 #endif
 
 /* The delivery locks of an mbox and their order: LOCK_FCNTL, LOCK_DOT, LOCK_FLOCK.  Debian's
