@@ -115,8 +115,9 @@ const char *name_fault(const char *name);
 struct lines { int fd; size_t at, len; unsigned number; char buffer[2048]; };
 char *text_next(struct lines *);
 
-/* Log one line at a syslog level (3 error to 6 info) to where log_open pointed.  Never blocks,
- * never fails.  User octets go through escape() first; passwords never come here. */
+/* Log one line at a syslog level (3 error to 6 info) to where log_open pointed.  Never fails,
+ * and waits for nothing but a full standard error.  User octets go through escape() first;
+ * passwords never come here. */
 void log_open(bool to_stderr);
 bool log_open_stderr(void);     /* does the log go to descriptor 2? */
 void log_line(int level, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -312,7 +312,6 @@ static int answer_commit(void)
 	if (!ENABLE_PRIVSEP)
 		signal_open(all);       /* nothing ends us in the middle */
 	err = m.gones ? commit() : 0;
-
 	m.stage = DONE;
 	if (m.lock >= 0)
 		close(m.lock);
@@ -483,7 +482,7 @@ static int serve(int in, int out)
 {
 	int on = 1, stall = SEND_STALL, rest = 32;
 	struct stat st;
-	bool waits = fstat(out, &st) < 0 || !(S_ISSOCK(st.st_mode) || S_ISFIFO(st.st_mode));
+	mode_t mode = fstat(out, &st) < 0 ? 0 : st.st_mode;
 
 	wire.in = in;
 	wire.out = out;
@@ -492,10 +491,10 @@ static int serve(int in, int out)
 	setsockopt(out, 6, 1, &on, sizeof on); /* IPPROTO_TCP, TCP_NODELAY: replies are whole */
 	setsockopt(out, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
 	setsockopt(out, 6, 18, &stall, sizeof stall); /* TCP_USER_TIMEOUT: ends a vanished peer */
-	if (!waits)
+	if (S_ISSOCK(mode) || S_ISFIFO(mode))
 		control(out, F_SETFL, control(out, F_GETFL, 0) | O_NONBLOCK);
 	pop3(&wire);
-	while (!waits && in == out && rest-- && read(in, wire.in_buffer, sizeof wire.in_buffer) > 0)
+	while (S_ISSOCK(mode) && rest-- && read(in, wire.in_buffer, sizeof wire.in_buffer) > 0)
 		;               /* what was not heard would reset the line */
 	return 0;
 }
@@ -643,9 +642,8 @@ static int run(int in, int out)
 	child = branch();
 	if (child < 0)
 		return EX_OS;
-	if (child == 0) {
+	if (child == 0)
 		_exit(session(in, out, pair[1]));
-	}
 	close(pair[1]);
 	channel = pair[0];
 	close(in); /* the line is the session's: when it ends, the client must see it */

@@ -409,3 +409,15 @@ def test_roots_mailbox_and_a_wrong_password(boxed, serve):
         assert pop.cmd('PASS wrong').startswith('-ERR [AUTH]')
         pop.ok('USER user')
         assert pop.cmd('PASS secret').startswith('-ERR [SYS/PERM]')
+
+
+def test_what_follows_quit_resets_nothing(boxed):
+    """Octets that nobody reads would make the kernel reset the line, and take the last answer away."""
+    with Server(boxed) as server:
+        sock = socket.create_connection(('127.0.0.1', server.port), SECONDS)
+        sock.sendall(b'USER user\r\nPASS secret\r\nQUIT\r\n' + b'NOOP\r\n' * 4000)
+        got = b''
+        while data := sock.recv(65536):         # a reset raises
+            got += data
+        assert got.endswith(b'server shutdown\r\n')
+        sock.close()
