@@ -55,9 +55,11 @@ SMALL_LD = -static -no-pie -s -flto-partition=one -Wl,--gc-sections,--build-id=n
 # The tests' build waits less; FAIL_DELAY and the like are in milliseconds.
 TEST_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=3000 -DLOCK_STALE=1500 -DLOCK_OLD=0 -DPASSWD_TIME=5 \
 	-DRUN_DIR='"/run/almond-test"'
+# The crash proofs' build is the static file, but for its waits.
+CRASH_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=4000 -DLOCK_STALE=30 -DLOCK_OLD=0 -DRUN_DIR='"/run/almond-test"'
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: all static static-armhf test-build asan-build clang-build musl-build run test sizes install uninstall check-style \
+.PHONY: all static static-armhf test-build crash-build asan-build clang-build musl-build run test sizes install uninstall check-style \
 	clean help FORCE
 all: $(O)/almond
 
@@ -80,6 +82,7 @@ $(eval $(call kind,host,$$(CC),$$(CFLAGS),,$$(CRYPT_LIBS)))
 $(eval $(call kind,static,$$(MUSLCC),$$(SMALL) $$(SMALL_X86) $$(SMALL_MORE),$$(SMALL_LD),$$(MUSL_CRYPT)))
 $(eval $(call kind,armhf,$$(ARMCC),$$(SMALL) -mthumb $$(SMALL_MORE),$$(SMALL_LD),))
 $(eval $(call kind,test,$$(CC),-O1 -g $$(TEST_DEFS),,$$(CRYPT_LIBS)))
+$(eval $(call kind,crash,$$(MUSLCC),$$(SMALL) $$(SMALL_X86) $$(CRASH_DEFS),$$(SMALL_LD),$$(MUSL_CRYPT)))
 $(eval $(call kind,asan,$$(CC),-O1 -g $$(SANITIZE) $$(TEST_DEFS),$$(SANITIZE),$$(CRYPT_LIBS)))
 $(eval $(call kind,clang,clang,-O1 -g $$(TEST_DEFS),,$$(CRYPT_LIBS)))
 $(eval $(call kind,musl,$$(MUSLCC),-O1 -g $$(TEST_DEFS),-static,$$(MUSL_CRYPT)))
@@ -97,6 +100,7 @@ test-build: $(O)/test/almond
 asan-build: $(O)/asan/almond
 clang-build: $(O)/clang/almond
 musl-build: $(O)/musl/almond
+crash-build: $(O)/crash/almond
 
 # Debian's musl for armhf, unpacked below build/; its compiler is Debian's cross gcc.
 ARMCC = arm-linux-gnueabihf-gcc -specs build/musl-armhf/gcc.specs

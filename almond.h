@@ -98,6 +98,8 @@ pid_t branch(void);
 int control(int fd, int command, long argument);        /* fcntl(2) */
 /* openat(2), never a controlling terminal; a descriptor or -errno */
 int open_at(int dir, const char *path, int flags);
+/* the same for a directory; no link, unless dir is AT_FDCWD */
+int open_dir(int dir, const char *path);
 
 /* Block the signals of a set that ends in 0, and get a descriptor that is readable when one came:
  * no handlers, so nothing is interrupted.  signal_next: the next that came, or 0. */
@@ -134,6 +136,9 @@ int random_bytes(void *, size_t);
 
 /* Write all n octets of p to descriptor fd, through short writes and EINTR. */
 int write_all(int fd, const void *p, size_t n);
+int write_at(int fd, const void *p, size_t n, uint64_t at);     /* the same at an offset */
+/* n octets from an offset on, less only where the file ends; or -errno */
+ssize_t read_at(int fd, void *p, size_t n, uint64_t at);
 
 /* An invariant: if it does not hold, one log line, and exit 70 at once. */
 void broken(const char *file, int line) __attribute__((noreturn));
@@ -237,6 +242,7 @@ enum { LOCK_FCNTL = 1, LOCK_DOT = 2, LOCK_FLOCK = 4 };   /* LOCK_ORDER's words *
 
 struct lock {
 	int dir, fd, dot;               /* dot: the dot-lock, -1 for none */
+	const char *box;                /* the caller's */
 	bool held;
 	off_t end;                      /* of the dot-lock's last octet */
 	uint64_t touched;
@@ -245,14 +251,16 @@ struct lock {
 
 /* Take all delivery locks of LOCK_ORDER for the mailbox `box` in directory dir; fd is a descriptor
  * of it open for writing, which the caller keeps open as long as it holds them.  Waits up to
- * LOCK_WAIT.  -EBUSY: another program holds one. */
+ * LOCK_WAIT, and mends what a crash left.  -EBUSY: another program holds one; -ESTALE: fd is not
+ * the mailbox any more. */
 int lock_take(struct lock *, int dir, const char *box, int fd);
 void lock_touch(struct lock *); /* during long work, often: keeps the dot-lock young */
 void lock_drop(struct lock *);
 /* What is known of the process that the dot-lock `file` names. */
 enum { OWNER_DEAD, OWNER_LIVES, OWNER_UNKNOWN };
 int lock_owner(int dir, const char *file);
-/* The mailbox's state while no one delivers to it, with no write anywhere: fd may be read-only. */
+/* The mailbox's state while no one delivers to it, with no write anywhere: fd may be read-only.
+ * -ESTALE: something is to be mended first. */
 int lock_snapshot(int dir, const char *box, int fd, struct stat *);
 
 /* The session lock of a mailbox: at most one session.  `idle` says how long the holder's client
@@ -394,9 +402,33 @@ bool hollow(const struct stat *);       /* more than MAX_HOLE of the file is not
  * neither file nor Maildir are refused with -EPERM and a log line.  No mailbox is success, and
  * empty. */
 int vault_open(struct vault *);
-/* Remove the extents, ascending and disjoint, from the mailbox: all of them or none.  Mail behind
- * the snapshot stays. */
-int mbox_commit(struct vault *, const struct gone *, size_t n);
+/* Remove the extents, ascending and disjoint, from the mailbox, as journal_take_out does.  Mail
+ * behind the snapshot stays.  With n = 0 it only mends what a crash left. */
+int mbox_commit(struct vault *, struct gone *, size_t n);
+
+/* ---- journal.c: a change of an mbox that survives a crash ------------------------------------ */
+
+/* Make SPOOL/.almond, where it is missing and we are root or the spool's owner; else a log line.  A
+ * mailbox whose owner cannot make a directory in it loses nothing, but nothing can be deleted from
+ * its middle. */
+void journal_prepare(int spool);
+/* Give what descriptor fd is open on the spool's group and `mode`, where that group may write to the
+ * spool; else the mode `otherwise`. */
+int give_group(int fd, const struct stat *spool, unsigned mode, unsigned otherwise);
+/* Is there something to mend?  Two calls of stat. */
+bool journal_waits(int spool, const char *box);
+/* Mend it, under the locks: whole is the mailbox afterwards, old or new. */
+int journal_mend(struct lock *);
+/* Take the extents, ascending and disjoint, out of the mailbox of `size` octets, under the locks.
+ * On an error it is as it was; but where there is no room for a journal, messages at the end that
+ * were to go may be gone.  Writes nothing in front of g->at; behind it at most twice, and a head;
+ * no octet at all where nothing that stays lies behind g->at.  g is used up. */
+int journal_take_out(struct lock *, struct gone *g, size_t n, uint64_t size);
+/* Before the octets [at, end) are appended: `first` are the first of them, which the caller writes
+ * last, when the others are synced.  A descriptor, which he cuts to 0 when these are synced too; or
+ * -errno. */
+enum { MARK = 16 };
+int journal_intend(struct lock *, uint64_t at, uint64_t end, const char first[MARK]);
 
 /* ---- maildir.c ------------------------------------------------------------------------------- */
 
@@ -498,9 +530,9 @@ int tool(int argc, char **argv);
 int option(int argc, char **argv, int *at, const char *known, char **value);
 /* to standard output */
 void print(const char *format, ...) __attribute__((format(printf, 1, 2)));
-/* Log what makes the configuration unfit, and warn of what makes it unwise (a spool on tmpfs).  0,
- * or an exit code. */
-int check_conf(void);
+/* Log what makes the configuration unfit, and warn of what makes it unwise (a spool on tmpfs);
+ * prepare: make what almond keeps in the spool.  0, or an exit code. */
+int check_conf(bool prepare);
 
 /* A tool's options and its one operand, in any order. */
 struct wish { uint32_t flags; char *operand, *value[32]; };

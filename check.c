@@ -1,5 +1,5 @@
-/* check.c: owns `almond check`: looks the installation over and says what to do; it changes
- * nothing.  Runs as whoever calls it; a mailbox is read as its owner. */
+/* check.c: owns `almond check`: looks the installation over and says what to do; it changes no
+ * mail.  Runs as whoever calls it; a mailbox is read as its owner. */
 #include "almond.h"
 
 #if ENABLE_CHECK
@@ -18,11 +18,6 @@ static void todo(const char *format, ...)
 	vfmt(text, sizeof text, format, ap);
 	va_end(ap);
 	print("  ! %s\n", text);
-}
-
-static int open_dir(int dir, const char *name)
-{
-	return open_at(dir, name, O_RDONLY | O_DIRECTORY | (dir < 0 ? 0 : O_NOFOLLOW));
 }
 
 /* ---- one mailbox ---- */
@@ -99,6 +94,24 @@ static int scan(struct scan *s, int fd, uint64_t size)
 	return more;
 }
 
+/* What crashes left: a journal, or what no journal could mend. */
+static void check_journal(int spool, const char *name)
+{
+	struct listing l = { .at = 0 };
+	char path[MAX_NAME + 16];
+	const char *entry;
+
+	if (journal_waits(spool, name))
+		todo("a crash cut a change short: its next login or delivery mends it");
+	fmt(path, sizeof path, ".almond/%s", name);
+	l.fd = open_dir(spool, path);
+	while (l.fd >= 0 && (entry = next_name(&l)))
+		if (*entry == 'k')
+			todo("%s/%s: mail from before a crash; compare, then remove it", path,
+			    entry);
+	close(l.fd);
+}
+
 static void check_mbox(int spool, const char *name)
 {
 	int fd = open_quiet(spool, name), err;
@@ -113,6 +126,7 @@ static void check_mbox(int spool, const char *name)
 	}
 	print("%s: mbox, %llu messages, %llu octets\n", name, s.messages,
 	    (unsigned long long)st.st_size);
+	check_journal(spool, name);
 	if (!s.messages && st.st_size)
 		todo("no message begins in it: restore it");
 	if (s.junk)
@@ -257,7 +271,7 @@ int tool_check(const struct wish *w)
 	if (w->operand)
 		return EX_USAGE_;
 	tool_conf(w);
-	found = check_conf() != 0;
+	found = check_conf(false) != 0;
 	l.fd = open_dir(AT_FDCWD, conf.spool);
 	if (l.fd < 0)
 		return 1;

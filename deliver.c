@@ -6,7 +6,6 @@
 #if ENABLE_DELIVER
 #include <signal.h>
 #include <stdio.h>              /* renameat alone */
-#include <sys/syscall.h>
 #include <sys/utsname.h>
 
 /* fsync after each so many octets of a long message: then the dot-lock is touched often enough on
@@ -18,6 +17,7 @@ enum { REFUSED = -EXDEV };      /* the mailbox is not safe to write; said alread
 struct mail {
 	const char *p, *end;            /* the message, its From_ line not in it */
 	const char *line;               /* that line, or NULL; it ends at p */
+	uint32_t when;                  /* seconds, for a line of ours */
 	char sender[MAX_SENDER];
 };
 
@@ -69,22 +69,28 @@ static int read_mail(struct mail *m, const char *sender)
 
 /* ---- writing ---- */
 
-struct out { int fd, err; off_t at; struct lock *lock; };
+/* The first octets are collected, not written: they come last.  `start` lies so far in front of a
+ * Maildir's file that it has none. */
+struct out {
+	int fd, err;
+	off_t start, at;
+	bool dry;                       /* count, and write nothing */
+	struct lock *lock;
+	char first[MARK];
+};
 
 static void put(struct out *o, const char *p, size_t n)
 {
-	ssize_t k;
+	size_t k;
 
-	while (n && !o->err) {
-		k = pwrite(o->fd, p, n < PIECE ? n : PIECE, o->at);
-		if (k < 0 && errno != EINTR)
-			o->err = -errno;
-		if (k <= 0)
+	for (; n && o->at - o->start < MARK; n--)
+		o->first[o->at++ - o->start] = *p++;
+	for (; n && !o->err; n -= k, p += k, o->at += (off_t)k) {
+		k = n < PIECE || o->dry ? n : PIECE;
+		if (o->dry)
 			continue;
-		p += k;
-		n -= (size_t)k;
-		o->at += k;
-		if (k == PIECE && fdatasync(o->fd) < 0)
+		o->err = write_at(o->fd, p, k, (uint64_t)o->at);
+		if (!o->err && k == PIECE && fdatasync(o->fd) < 0)
 			o->err = -errno;
 		if (ENABLE_MBOX && o->lock)
 			lock_touch(o->lock);
@@ -101,11 +107,11 @@ static int refuse(const char *box, const char *what)
 
 /* ctime(3)'s form, in UTC and without the C library's time zones.  Days become years by counting
  * them off in 400s, from the first of March 0000, so that a leap day is a year's last. */
-static void put_separator(struct out *o, const char *sender)
+static void put_separator(struct out *o, const struct mail *m)
 {
 	static const char days[] = "Thu\0Fri\0Sat\0Sun\0Mon\0Tue\0Wed", months[] =
 	    "Mar\0Apr\0May\0Jun\0Jul\0Aug\0Sep\0Oct\0Nov\0Dec\0Jan\0Feb";
-	uint32_t s = (uint32_t)(wall_clock() / 1000), z = s / 86400, day, year, month;
+	uint32_t s = m->when, z = s / 86400, day, year, month;
 	static const uint8_t radix[] = { 10, 10, 1, 6, 10, 1, 6, 10 };
 	char line[MAX_SEPARATOR], clock[] = "00:00:00";
 	size_t i = sizeof radix;
@@ -118,7 +124,7 @@ static void put_separator(struct out *o, const char *sender)
 	year += (z + 719468) / 146097 * 400 + (month > 9);
 	for (s %= 86400; i--; s /= radix[i])
 		clock[i] = (char)(clock[i] | (char)(s % radix[i]));
-	put(o, line, fmt(line, sizeof line, "From %s %s %s %s%u %s %u\n", sender, days + z % 7 * 4,
+	put(o, line, fmt(line, sizeof line, "From %s %s %s %s%u %s %u\n", m->sender, days + z % 7 * 4,
 	    months + month * 4, day < 9 ? " " : "", day + 1, clock, year));
 }
 
@@ -126,7 +132,7 @@ static void put_separator(struct out *o, const char *sender)
 static void put_gap(struct out *o)
 {
 	char t[3];
-	ssize_t n = pread(o->fd, t, sizeof t, o->at < 3 ? 0 : o->at - 3);
+	ssize_t n = pread(o->fd, t, o->at < 3 ? (size_t)o->at : 3, o->at < 3 ? 0 : o->at - 3);
 
 	if (n < 0)
 		o->err = -errno;
@@ -172,21 +178,47 @@ static void put_text(struct out *o, const struct mail *m)
 	put(o, &"\r\n"[!crlf], crlf ? 2 : 1);
 }
 
-/* Under the lock.  What cannot be written whole is taken back. */
+static void put_mail(struct out *o, const struct mail *m)
+{
+	o->at = o->start;
+	put_gap(o);
+	if (m->line)
+		put(o, m->line, (size_t)(m->p - m->line));
+	else
+		put_separator(o, m);
+	put_text(o, m);
+}
+
+/* Under the lock.  The first octets, which make a message of the others, come when these are safe;
+ * what a crash leaves without them, the next who locks takes away.  Where no such note can be left
+ * (a spool that lets its users make nothing), it is still taken back on an error. */
 static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 {
-	struct out o = { .fd = fd, .at = size, .lock = lock };
+	struct out o = { .fd = fd, .start = size, .dry = true, .lock = lock };
+	int intent;
+	off_t end;
 
-	put_gap(&o);
-	if (m->line)
-		put(&o, m->line, (size_t)(m->p - m->line));
+	put_mail(&o, m);
+	end = o.at;
+	intent = o.err ? o.err : journal_intend(lock, (uint64_t)size, (uint64_t)end, o.first);
+	if (intent == -ENOSPC || intent == -EDQUOT || intent == -EIO)
+		return intent;
+	o.dry = false;
+	if (ftruncate(fd, end) < 0)
+		o.err = -errno;
 	else
-		put_separator(&o, m->sender);
-	put_text(&o, m);
+		put_mail(&o, m);
+	if (!o.err && fsync(fd) < 0)
+		o.err = -errno;
+	if (!o.err)
+		o.err = write_at(fd, o.first, end - size < MARK ? (size_t)(end - size) : MARK,
+		    (uint64_t)size);
 	if (!o.err && fsync(fd) < 0)
 		o.err = -errno;
 	if (o.err && (ftruncate(fd, size) < 0 || fsync(fd) < 0))
-		log_line(L_ERROR, "part of a message stays behind: %s", reason(errno));
+		log_line(L_ERROR, "part of a message stays behind, to be mended: %s", reason(errno));
+	else if (intent >= 0 && ftruncate(intent, 0) == 0)
+		close(intent);
 	return o.err;
 }
 
@@ -199,9 +231,8 @@ static int create(int spool, const char *box)
 
 	if (fd < 0)
 		return -errno;
-	if (fstat(spool, &st) == 0 && (st.st_mode & S_IWGRP) &&
-	    fchownat(fd, "", (uid_t)-1, st.st_gid, AT_EMPTY_PATH) == 0)
-		syscall(SYS_fchmod, fd, 0660);  /* libc's knows a detour that nobody needs here */
+	if (ENABLE_MBOX && fstat(spool, &st) == 0)
+		give_group(fd, &st, 0660, 0600);
 	return fd;
 }
 
@@ -217,8 +248,8 @@ static int try_mbox(int spool, const char *box, const struct mail *m)
 {
 	int fd = open_at(spool, box, O_RDWR | O_NOFOLLOW | O_NONBLOCK), err;
 	bool made = fd == -ENOENT;
-	struct stat st, there;
 	const char *fault;
+	struct stat st;
 	struct lock lock;
 
 	if (made)
@@ -231,10 +262,8 @@ static int try_mbox(int spool, const char *box, const struct mail *m)
 		err = refuse(box, fault);
 	if (!err) {
 		err = lock_take(&lock, spool, box, fd);
-		if (!err && (fstat(fd, &st) < 0 ||
-		    fstatat(spool, box, &there, AT_SYMLINK_NOFOLLOW) < 0 ||
-		    there.st_ino != st.st_ino || there.st_dev != st.st_dev))
-			err = -ESTALE;
+		if (!err && fstat(fd, &st) < 0)
+			err = -errno;
 		if (!err)
 			err = append(fd, &lock, m, st.st_size);
 		lock_drop(&lock);
@@ -275,11 +304,6 @@ static void name_it(char *to, size_t room)
 	    (unsigned)(t % 1000), (int)getpid(), (unsigned long long)r, u.nodename);
 }
 
-static int open_dir(int dir, const char *name)
-{
-	return open_at(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
-}
-
 static int create_maildir(int spool, const char *box)
 {
 	int fd;
@@ -294,7 +318,7 @@ static int create_maildir(int spool, const char *box)
 
 static int write_maildir(int tmp, int new, const struct mail *m)
 {
-	struct out o = { .err = 0 };
+	struct out o = { .start = -MARK };
 	char name[160];
 
 	name_it(name, sizeof name);
@@ -398,7 +422,7 @@ static int deliver(int spool, const char *box, const struct mail *m)
 
 int tool_deliver(const struct wish *w)
 {
-	struct mail mail = { .line = NULL };
+	struct mail mail = { .when = (uint32_t)(wall_clock() / 1000) };
 	struct account who;
 	const char *fault;
 	int code, spool;
@@ -411,11 +435,13 @@ int tool_deliver(const struct wish *w)
 		log_line(L_ERROR, "%s", fault);
 		return EX_NOUSER_;
 	}
-	spool = open_at(AT_FDCWD, conf.spool, O_RDONLY | O_DIRECTORY);
+	spool = open_dir(AT_FDCWD, conf.spool);
 	if (spool < 0) {
 		complain(spool, conf.spool);
 		return EX_TEMP;         /* not mounted yet: later is better than never */
 	}
+	if (ENABLE_MBOX)
+		journal_prepare(spool);
 	code = become_user(w->operand, spool, &who);
 	if (!code)
 		code = read_mail(&mail, w->value['f' & LETTER]);

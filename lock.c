@@ -178,7 +178,8 @@ static bool dot_held(const struct lock *l)
 }
 
 /* A dot-lock cannot be made without a write, so it is looked for before and after: one who locked
- * in between either still holds it, or has changed what the second fstat sees. */
+ * in between either still holds it, or has changed what the second fstat sees.  -ESTALE: something
+ * is to be mended first. */
 static int snapshot_try(struct lock *l, struct stat *st, struct watch *w)
 {
 	struct stat before;
@@ -191,9 +192,11 @@ static int snapshot_try(struct lock *l, struct stat *st, struct watch *w)
 		dot_watch(w, l->dir, l->file);
 		err = -EBUSY;
 	}
-	if (!err &&
-	    (fstat(l->fd, &before) < 0 || dot_held(l) || fstat(l->fd, st) < 0 ||
-		before.st_size != st->st_size))
+	if (!err && fstat(l->fd, &before) < 0)
+		err = -errno;
+	if (!err && journal_waits(l->dir, l->box))
+		err = -ESTALE;
+	if (!err && (dot_held(l) || fstat(l->fd, st) < 0 || before.st_size != st->st_size))
 		err = -EBUSY;
 	l->held = true;
 	lock_drop(l);
@@ -234,14 +237,31 @@ static int lock_wait(struct lock *l, struct stat *st)
 
 static void lock_name(struct lock *l, int dir, const char *box, int fd)
 {
-	*l = (struct lock){ .dir = dir, .fd = fd, .dot = -1 };
+	*l = (struct lock){ .dir = dir, .fd = fd, .dot = -1, .box = box };
 	fmt(l->file, sizeof l->file, "%s.lock", box);
+}
+
+/* Is it still what lies there?  Another program may have put a new file in its place. */
+static bool same_file(const struct lock *l)
+{
+	struct stat mine, there;
+
+	return fstat(l->fd, &mine) == 0 &&
+	    fstatat(l->dir, l->box, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+	    mine.st_ino == there.st_ino && mine.st_dev == there.st_dev;
 }
 
 int lock_take(struct lock *l, int dir, const char *box, int fd)
 {
+	int err;
+
 	lock_name(l, dir, box, fd);
-	return lock_wait(l, NULL);
+	err = lock_wait(l, NULL);
+	if (!err)
+		err = same_file(l) ? journal_mend(l) : -ESTALE;
+	if (err)
+		lock_drop(l);
+	return err;
 }
 
 /* Others break a dot-lock that nobody touches (maildrop: after 60 s). */

@@ -287,14 +287,17 @@ int maildir_fetch(struct vault *v, uint32_t number)
 	return -ENOENT;
 }
 
-static int remove_one(struct vault *v, uint32_t number)
+/* *touched: the directories that lost a name, a bit each. */
+static int remove_one(struct vault *v, uint32_t number, unsigned *touched)
 {
 	char path[NAME_MAX + 8];
 	int err, tries = 2;
 
 	while (tries-- && path_of(number, path, sizeof path)) {
-		if (unlinkat(v->fd, path, 0) == 0)
+		if (unlinkat(v->fd, path, 0) == 0) {
+			*touched |= 1U << list.entry[number].cur;
 			return 0;
+		}
 		if (errno != ENOENT)
 			return -errno;
 		err = refresh(v);
@@ -306,7 +309,7 @@ static int remove_one(struct vault *v, uint32_t number)
 
 static int sync_dir(int maildir, const char *name)
 {
-	int fd = open_at(maildir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), err;
+	int fd = open_dir(maildir, name), err;
 
 	if (fd < 0)
 		return fd;
@@ -315,18 +318,24 @@ static int sync_dir(int maildir, const char *name)
 	return err;
 }
 
+/* What cannot be removed does not keep the others. */
 int maildir_commit(struct vault *v, const struct gone *g, size_t n)
 {
+	unsigned touched = 0;
+	int err = 0, e;
 	size_t i;
-	int err = 0;
 
 	for (i = 0; i < n; i++)
 		if (g[i].at >= list.count || (i && g[i].at <= g[i - 1].at))
 			return -EINVAL;
-	for (i = 0; i < n && !err; i++)
-		err = remove_one(v, (uint32_t)g[i].at);
-	for (i = 0; i < LEN(dirs) && !err; i++)
-		err = sync_dir(v->fd, dirs[i]);
+	for (i = 0; i < n; i++) {
+		e = remove_one(v, (uint32_t)g[i].at, &touched);
+		err = err ? err : e;
+	}
+	for (i = 0; i < LEN(dirs); i++) {
+		e = touched >> i & 1 ? sync_dir(v->fd, dirs[i]) : 0;
+		err = err ? err : e;
+	}
 	return err;
 }
 #endif

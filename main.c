@@ -530,7 +530,7 @@ static int take_sockets(void)
 static int alone(char *const listeners[], unsigned n, bool foreground)
 {
 	unsigned i;
-	int err = check_conf();
+	int err = check_conf(true);
 
 	for (i = 0; i < n && !err; i++)
 		err = add_listener(listeners[i]);
@@ -664,7 +664,7 @@ int main(int argc, char **argv)
 	if (c)
 		return c;
 	if (test)
-		return check_conf();
+		return check_conf(true);
 	c = inetd ? -1 : start_alone(listeners, n, foreground);
 	return c >= 0 ? c : monitor(0, socket_option(0, SO_TYPE) >= 0 ? 0 : 1);
 }

@@ -1,6 +1,6 @@
-/* mbox.c: owns the mbox store: where messages begin and end, and how some are taken out.  The first
+/* mbox.c: owns the mbox store: where messages begin and end, and which may be taken out.  The first
  * half runs in the session over a read-only descriptor, the second in the monitor with the user's
- * rights.  Nothing here writes except mbox_commit. */
+ * rights.  Nothing here writes; journal.c does. */
 #include "almond.h"
 
 #include <sys/mman.h>
@@ -301,56 +301,6 @@ int mbox_fits(struct pieces *s, int fd, const struct gone *g, uint64_t size)
 
 /* ---- the monitor's side ---- */
 
-/* Move the octets [from, end) down to `to`. */
-static int move_down(int fd, struct lock *l, char *buffer, uint64_t from, uint64_t end, uint64_t to)
-{
-	size_t n, done;
-	ssize_t k;
-
-	while (from < end) {
-		n = end - from < SCAN_BUFFER ? (size_t)(end - from) : SCAN_BUFFER;
-		k = pread(fd, buffer, n, (off_t)from);
-		if (k <= 0) {
-			if (k < 0 && errno == EINTR)
-				continue;
-			return k ? -errno : -EIO;
-		}
-		from += (uint64_t)k;
-		for (done = 0; done < (size_t)k; done += n) {
-			ssize_t w = pwrite(fd, buffer + done, (size_t)k - done, (off_t)to);
-
-			if (w < 0 && errno != EINTR)
-				return -errno;
-			n = w < 0 ? 0 : (size_t)w;
-			to += n;
-		}
-		lock_touch(l);
-	}
-	return 0;
-}
-
-/* Invariant: all octets below `to` are the new mailbox's, all from g[i].at on are still the old
- * one's. */
-static int take_out(int fd, struct lock *l, const struct gone *g, size_t n, uint64_t size)
-{
-	char *buffer = map(SCAN_BUFFER);
-	uint64_t to = g->at, from, end;
-	size_t i;
-	int err = buffer ? 0 : -ENOMEM;
-
-	for (i = 0; i < n && !err; i++) {
-		from = g[i].at + g[i].size;
-		end = i + 1 < n ? g[i + 1].at : size;
-		err = move_down(fd, l, buffer, from, end, to);
-		to += end - from;
-	}
-	if (buffer)
-		munmap(buffer, SCAN_BUFFER);
-	if (!err && (ftruncate(fd, (off_t)to) < 0 || fsync(fd) < 0))
-		err = -errno;
-	return err;
-}
-
 /* Is this what may go?  Ascending, disjoint, inside the snapshot, each a message that was indexed.
  */
 static int all_fit(int fd, const struct gone *g, size_t n, uint64_t size)
@@ -373,27 +323,34 @@ static int all_fit(int fd, const struct gone *g, size_t n, uint64_t size)
 	return err;
 }
 
-int mbox_commit(struct vault *v, const struct gone *g, size_t n)
+/* Under the locks: what was seen must still be there. */
+static int take_out(struct vault *v, struct lock *l, struct gone *g, size_t n)
+{
+	uint64_t seen = (uint64_t)v->seen.st_size;
+	struct stat st;
+	int err;
+
+	if (fstat(l->fd, &st) < 0)
+		return -errno;
+	if (st.st_dev != v->seen.st_dev || st.st_ino != v->seen.st_ino ||
+	    (uint64_t)st.st_size < seen)
+		return -EAGAIN;
+	err = all_fit(l->fd, g, n, seen);
+	return err ? err : journal_take_out(l, g, n, (uint64_t)st.st_size);
+}
+
+int mbox_commit(struct vault *v, struct gone *g, size_t n)
 {
 	int fd = open_at(v->spool, v->box, O_RDWR | O_NOFOLLOW | O_NONBLOCK), err;
 	struct lock lock;
-	struct stat st;
 
 	if (fd < 0)
 		return fd;
 	err = lock_take(&lock, v->spool, v->box, fd);
-	if (!err && fstat(fd, &st) < 0)
-		err = -errno;
-	if (!err &&
-	    (st.st_dev != v->seen.st_dev || st.st_ino != v->seen.st_ino ||
-		st.st_size < v->seen.st_size))
-		err = -EAGAIN;
-	if (!err)
-		err = all_fit(fd, g, n, (uint64_t)v->seen.st_size);
-	if (!err)
-		err = take_out(fd, &lock, g, n, (uint64_t)st.st_size);
+	if (!err && n)
+		err = take_out(v, &lock, g, n);
 	lock_drop(&lock);
 	close(fd);
-	return err;
+	return err == -ESTALE ? -EAGAIN : err;
 }
 #endif

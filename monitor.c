@@ -203,13 +203,15 @@ static int take_identity(void)
 	struct stat spool;
 	int err;
 
-	m.vault.spool = open_at(AT_FDCWD, conf.spool, O_RDONLY | O_DIRECTORY);
+	m.vault.spool = open_dir(AT_FDCWD, conf.spool);
 	err = m.vault.spool < 0 ? m.vault.spool : fstat(m.vault.spool, &spool) < 0 ? -errno : 0;
 	if (err) {
 		log_line(L_ERROR, "spool %s: %s; make it, or name another with -d", conf.spool,
 		    reason(err));
 		return -EPERM;
 	}
+	if (ENABLE_MBOX)
+		journal_prepare(m.vault.spool);
 	m.lock = session_lock(&spool, m.who.box, m.who.uid);
 	err = become(m.who.uid, m.who.gid);
 	if (err)
@@ -317,8 +319,7 @@ static int answer_commit(void)
 		close(m.lock);
 	m.lock = -ENOLCK;
 	if (err)
-		log_line(L_ERROR, "commit user=%s rip=%s: %s; log in again",
-		    m.who.name, m.addr, reason(err));
+		log_line(L_ERROR, "commit user=%s rip=%s: %s", m.who.name, m.addr, reason(err));
 	return err;
 }
 
@@ -411,6 +412,11 @@ static int vault_mbox(struct vault *v)
 	if (!ENABLE_MBOX)
 		return vault_refuse(v, "it is a file, and ENABLE_MBOX is off");
 	err = lock_snapshot(v->spool, v->box, v->fd, &v->seen);
+	if (err == -ESTALE) {
+		err = mbox_commit(v, NULL, 0);
+		if (!err)
+			err = lock_snapshot(v->spool, v->box, v->fd, &v->seen);
+	}
 	return err ? err : v->seen.st_nlink != 1 ? -EAGAIN : 0;
 }
 

@@ -415,7 +415,7 @@ static int names(struct job *j)
 	}
 	j->base = slash ? slash + 1 : j->path;
 	fmt(dir, n < sizeof dir ? n : sizeof dir, "%s", slash ? j->path : "./");
-	j->dir = open_at(AT_FDCWD, dir, O_RDONLY | O_DIRECTORY);
+	j->dir = open_dir(AT_FDCWD, dir);
 	return j->dir < 0 ? complain(j->dir, dir) : 0;
 }
 

@@ -371,7 +371,9 @@ static enum verdict do_quit(struct session *s, const struct args *a)
 	if (err)
 		wire_say(s->w, err == -EBUSY ?
 		    "-ERR [IN-USE] nothing was deleted, try again" :
-		    "-ERR [SYS/TEMP] some messages not removed: %s", reason(err));
+		    "-ERR [SYS/TEMP] not all were deleted: %s; %s", reason(err),
+		    err == -ENOSPC || err == -EDQUOT ? "delete from the end, or all, or make room" :
+		    err == -EAGAIN ? "log in again" : "tell the administrator");
 	else
 		wire_say(s->w, "+OK POP3 %s server shutdown", s->hello.host);
 	return LEAVE;

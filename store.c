@@ -80,10 +80,8 @@ ssize_t box_read(struct box *b, uint32_t i, uint64_t at, void *to, size_t n)
 
 	if (n > m->stored - at)
 		n = (size_t)(m->stored - at);
-	do
-		k = pread(b->fd, to, n, (off_t)(base(b, i) + at));
-	while (k < 0 && errno == EINTR);
-	return k < 0 ? -errno : k || !n ? k : -EAGAIN;
+	k = read_at(b->fd, to, n, base(b, i) + at);
+	return k || !n ? k : -EAGAIN;
 }
 
 int piece_open(struct pieces *s)
@@ -120,11 +118,9 @@ static int piece_fill(struct pieces *s)
 		room = s->step;
 	if (room > s->end - s->at)
 		room = (size_t)(s->end - s->at);
-	do
-		n = pread(s->fd, s->buffer + s->to, room, (off_t)s->at);
-	while (n < 0 && errno == EINTR);
+	n = read_at(s->fd, s->buffer + s->to, room, s->at);
 	if (n <= 0)
-		return n ? -errno : -EAGAIN;
+		return n ? (int)n : -EAGAIN;
 	s->to += (size_t)n;
 	s->at += (size_t)n;
 	if (page)

@@ -364,6 +364,11 @@ int open_at(int dir, const char *path, int flags)
 	return fd < 0 ? -errno : fd;
 }
 
+int open_dir(int dir, const char *path)
+{
+	return open_at(dir, path, O_RDONLY | O_DIRECTORY | (dir < 0 ? 0 : O_NOFOLLOW));
+}
+
 #ifdef SYS_fcntl64
 enum { CALL_FCNTL = SYS_fcntl64 };
 #else
@@ -414,6 +419,34 @@ int write_all(int fd, const void *p, size_t n)
 			return -errno;
 		c += k;
 		n -= (size_t)k;
+	}
+	return 0;
+}
+
+ssize_t read_at(int fd, void *p, size_t n, uint64_t at)
+{
+	size_t done = 0;
+	ssize_t k = 1;
+
+	while (done < n && k) {
+		k = pread(fd, (char *)p + done, n - done, (off_t)(at + done));
+		if (k < 0 && errno != EINTR)
+			return -errno;
+		done += k > 0 ? (size_t)k : 0;
+	}
+	return (ssize_t)done;
+}
+
+int write_at(int fd, const void *p, size_t n, uint64_t at)
+{
+	size_t done = 0;
+	ssize_t k;
+
+	while (done < n) {
+		k = pwrite(fd, (const char *)p + done, n - done, (off_t)(at + done));
+		if (k <= 0 && (!k || errno != EINTR))
+			return k ? -errno : -EIO;
+		done += k > 0 ? (size_t)k : 0;
 	}
 	return 0;
 }

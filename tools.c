@@ -82,7 +82,7 @@ static int need(const char *path, int flags, const char *advice)
 	return fd == -EACCES ? -EX_PERM : -EX_CONF;
 }
 
-static int check_spool(void)
+static int check_spool(bool prepare)
 {
 	int fd = need(conf.spool, O_RDONLY | O_DIRECTORY, "make it, or name another (-d)");
 	const char *warning;
@@ -92,6 +92,8 @@ static int check_spool(void)
 	warning = fs_warning(fd);
 	if (warning)
 		log_line(L_WARN, "spool %s %s", conf.spool, warning);
+	if (ENABLE_MBOX && prepare)
+		journal_prepare(fd);
 	close(fd);
 	return 0;
 }
@@ -149,9 +151,9 @@ static int check_shadow(void)
 	return 0;
 }
 
-int check_conf(void)
+int check_conf(bool prepare)
 {
-	int code = check_spool();
+	int code = check_spool(prepare);
 
 	if (!code && geteuid() == 0 && !make_empty_root()) {
 		log_line(L_ERROR, RUN_DIR "/empty: %s; make it, sessions need it", reason(errno));

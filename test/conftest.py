@@ -99,6 +99,9 @@ class Spool:
         self.path = self.base / 'spool'
         self.path.mkdir()
         self.own(self.path, 0o755)
+        # As an installation leaves it: the first almond that root starts makes it.
+        (self.path / '.almond').mkdir()
+        (self.path / '.almond').chmod(0o1777)
         self.users_file = self.base / 'users'
 
     def own(self, path, mode=0o600):
@@ -154,6 +157,10 @@ class Spool:
         self.users_file.write_text(''.join(line + '\n' for line in lines))
         self.users_file.chmod(0o600)
         return self
+
+    def names(self):
+        """What lies in the spool, but for what almond keeps there."""
+        return sorted(p.name for p in self.path.iterdir() if p.name != '.almond')
 
     def read(self, name):
         return (self.path / name).read_bytes()

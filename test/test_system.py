@@ -231,7 +231,7 @@ def test_debians_spool(accounts):
     made = [(arguments, result) for mine in calls(spool).values() for name, arguments, result in mine
             if name == 'openat' and '"user.lock"' in arguments and 'O_EXCL' in arguments]
     assert len(made) == 1 and made[0][1].isdigit() and place(made[0][0]) == str(spool.path)
-    assert [p.name for p in spool.path.iterdir()] == ['user']
+    assert spool.names() == ['user']
     assert box.read_bytes() == SEPARATOR + MAIL + b'second\n\n'
     st = box.stat()
     assert (st.st_uid, st.st_gid, st.st_mode & 0o7777) == (OWNER, mail, 0o660)

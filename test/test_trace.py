@@ -187,17 +187,34 @@ def test_deleting_all_or_the_tail_writes_no_mail(spool, numbers, left):
     assert str(path) not in written(traced)
     assert order(traced, path) == ['ftruncate', 'fsync']
     assert path.read_bytes() == b''.join(SEPARATOR + mail + b'\n' for mail in MAILS[:left])
-    assert sorted(p.name for p in spool.path.iterdir()) == ['user']
+    assert spool.names() == ['user']
 
 
 @mbox_only
-def test_deleting_in_the_middle_moves_the_rest_once(spool):
+def test_deleting_in_the_middle_goes_through_the_journal(spool):
+    """What lay behind the first deletion is written to the journal, then what stays of it to the mailbox; nothing in front of it,
+    and each step is synced before the next."""
     fill(spool, 'mbox')
+    stored = [len(SEPARATOR + mail) + 1 for mail in MAILS]
     traced = delete(spool, (3, 5))
     path, kept = spool.path / 'user', [mail for i, mail in enumerate(MAILS) if i not in (2, 4)]
-    assert written(traced)[str(path)] == sum(len(SEPARATOR + mail) + 1 for mail in kept[2:])
-    assert order(traced, path)[-2:] == ['ftruncate', 'fsync']
+    journal = spool.path / '.almond/user/journal'
+    mark, moved = 16, sum(len(SEPARATOR + mail) + 1 for mail in kept[2:])
+    assert written(traced)[str(path)] == mark + moved
+    assert sum(stored[2:]) < written(traced)[str(journal)] < sum(stored[2:]) + 200
+    places = [int(arguments.rsplit(', ', 1)[1]) for name, arguments, _ in every(traced)
+              if name == 'pwrite64' and place(arguments) == str(path)]
+    assert min(places) == sum(stored[:2])
+    steps = [(os.path.basename(place(arguments)), name) for name, arguments, _ in every(traced) if
+             name in (*WRITES, 'ftruncate', 'fsync', 'fdatasync') and place(arguments).startswith(str(spool.path))
+             and not place(arguments).endswith('.lock')]
+    steps = [step for i, step in enumerate(steps) if step != steps[i - 1] or not i]
+    assert steps == [('.almond', 'fsync'), ('journal', 'pwrite64'), ('journal', 'fsync'), ('user', 'fsync'), ('user', 'pwrite64'),
+                     ('user', 'fsync'), ('user', 'pwrite64'), ('user', 'fsync'), ('user', 'ftruncate'), ('user', 'fsync'),
+                     ('journal', 'ftruncate'), ('journal', 'fsync')]
     assert path.read_bytes() == b''.join(SEPARATOR + mail + b'\n' for mail in kept)
+    assert journal.stat().st_size == 0 and journal.stat().st_mode & 0o777 == 0o600
+    assert journal.parent.stat().st_mode & 0o777 == 0o700
 
 
 @mbox_only
