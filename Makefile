@@ -4,6 +4,7 @@
 #   make static     build/almond-static, with musl: one file, no loader, no libraries
 #   make run        try it: a sample spool on loopback
 #   make test       everything that proves it
+#   make crash      the long proof that no crash loses mail
 #   make sizes      what it weighs, and what each switch costs
 #   make install    DESTDIR and PREFIX are honoured
 #   make help       the rest
@@ -59,7 +60,7 @@ TEST_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=3000 -DLOCK_STALE=1
 CRASH_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=4000 -DLOCK_STALE=30 -DLOCK_OLD=0 -DRUN_DIR='"/run/almond-test"'
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: all static static-armhf test-build crash-build asan-build clang-build musl-build run test sizes install uninstall check-style \
+.PHONY: all static static-armhf test-build crash-build asan-build clang-build musl-build run test crash frugal sizes install uninstall check-style \
 	clean help FORCE
 all: $(O)/almond
 
@@ -129,6 +130,14 @@ test:
 	tools/deps test
 	MAKE='$(MAKE)' PYTHON='$(PYTHON)' tools/test
 
+crash:
+	tools/deps test crash
+	MAKE='$(MAKE)' PYTHON='$(PYTHON)' tools/test crash
+
+frugal: test-build
+	tools/deps test
+	$(PYTHON) test/crash/frugal.py
+
 sizes:
 	tools/deps sizes
 	MAKE='$(MAKE)' tools/sizes
@@ -149,7 +158,7 @@ clean:
 	rm -rf build
 
 help:
-	@sed -n '3,14s/^# \{0,1\}//p' Makefile
-	@echo 'Also: static-armhf check-style uninstall clean; test-build asan-build clang-build musl-build for the tests.'
+	@sed -n '3,15s/^# \{0,1\}//p' Makefile
+	@echo 'Also: frugal static-armhf check-style uninstall clean; test-build crash-build asan-build clang-build musl-build for the tests.'
 
 FORCE:

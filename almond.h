@@ -412,8 +412,8 @@ int mbox_commit(struct vault *, struct gone *, size_t n);
  * mailbox whose owner cannot make a directory in it loses nothing, but nothing can be deleted from
  * its middle. */
 void journal_prepare(int spool);
-/* Give what descriptor fd is open on the spool's group and `mode`, where that group may write to the
- * spool; else the mode `otherwise`. */
+/* Give what fd is open on the spool's group and `mode`, where that group may write to the spool;
+ * else the mode `otherwise`. */
 int give_group(int fd, const struct stat *spool, unsigned mode, unsigned otherwise);
 /* Is there something to mend?  Two calls of stat. */
 bool journal_waits(int spool, const char *box);
@@ -424,9 +424,9 @@ int journal_mend(struct lock *);
  * were to go may be gone.  Writes nothing in front of g->at; behind it at most twice, and a head;
  * no octet at all where nothing that stays lies behind g->at.  g is used up. */
 int journal_take_out(struct lock *, struct gone *g, size_t n, uint64_t size);
-/* Before the octets [at, end) are appended: `first` are the first of them, which the caller writes
- * last, when the others are synced.  A descriptor, which he cuts to 0 when these are synced too; or
- * -errno. */
+/* Leave a note: the octets [at, end) are void unless `first`, the first of them, are all there.  So
+ * who appends writes these last, when the others are synced.  A descriptor, which the caller cuts
+ * to 0 when he is done; or -errno. */
 enum { MARK = 16 };
 int journal_intend(struct lock *, uint64_t at, uint64_t end, const char first[MARK]);
 

@@ -124,29 +124,32 @@ static void put_separator(struct out *o, const struct mail *m)
 	year += (z + 719468) / 146097 * 400 + (month > 9);
 	for (s %= 86400; i--; s /= radix[i])
 		clock[i] = (char)(clock[i] | (char)(s % radix[i]));
-	put(o, line, fmt(line, sizeof line, "From %s %s %s %s%u %s %u\n", m->sender, days + z % 7 * 4,
-	    months + month * 4, day < 9 ? " " : "", day + 1, clock, year));
+	put(o, line, fmt(line, sizeof line, "From %s %s %s %s%u %s %u\n", m->sender,
+	    days + z % 7 * 4, months + month * 4, day < 9 ? " " : "", day + 1, clock, year));
 }
 
-/* A separator counts behind a blank line only: add what the mailbox's end lacks of one. */
-static void put_gap(struct out *o)
+/* A separator counts behind a blank line only: add what the mailbox's end lacks of one.  The new
+ * size, or -errno. */
+static off_t put_gap(int fd, off_t size)
 {
 	char t[3];
-	ssize_t n = pread(o->fd, t, o->at < 3 ? (size_t)o->at : 3, o->at < 3 ? 0 : o->at - 3);
+	ssize_t n = read_at(fd, t, sizeof t, size < 3 ? 0 : (uint64_t)size - 3);
+	const char *gap = "";
+	int err;
 
-	if (n < 0)
-		o->err = -errno;
-	if (n <= 0)
-		return;
-	if (t[n - 1] != '\n') {
-		put(o, "\n\n", 2);
-		return;
-	}
-	n--;
-	if (n && t[n - 1] == '\r')
+	if (n > 0 && t[n - 1] != '\n')
+		gap = "\n\n";
+	else if (n > 0) {
 		n--;
-	if (n && t[n - 1] != '\n')
-		put(o, t[n] == '\r' ? "\r\n" : "\n", t[n] == '\r' ? 2 : 1);
+		if (n && t[n - 1] == '\r')
+			n--;
+		if (n && t[n - 1] != '\n')
+			gap = t[n] == '\r' ? "\r\n" : "\n";
+	}
+	err = n < 0 ? (int)n : write_at(fd, gap, strlen(gap), (uint64_t)size);
+	if (!err && *gap && fsync(fd) < 0)
+		err = -errno;
+	return err ? err : size + (off_t)strlen(gap);
 }
 
 /* Is it "From " behind any number of '>'?  mboxrd: it gets one more. */
@@ -181,7 +184,6 @@ static void put_text(struct out *o, const struct mail *m)
 static void put_mail(struct out *o, const struct mail *m)
 {
 	o->at = o->start;
-	put_gap(o);
 	if (m->line)
 		put(o, m->line, (size_t)(m->p - m->line));
 	else
@@ -194,15 +196,18 @@ static void put_mail(struct out *o, const struct mail *m)
  * (a spool that lets its users make nothing), it is still taken back on an error. */
 static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 {
-	struct out o = { .fd = fd, .start = size, .dry = true, .lock = lock };
-	int intent;
+	struct out o = { .fd = fd, .start = put_gap(fd, size), .dry = true, .lock = lock };
+	uint64_t at = (uint64_t)o.start;
+	int note;
 	off_t end;
 
+	if (o.start < 0)
+		return (int)o.start;
 	put_mail(&o, m);
 	end = o.at;
-	intent = o.err ? o.err : journal_intend(lock, (uint64_t)size, (uint64_t)end, o.first);
-	if (intent == -ENOSPC || intent == -EDQUOT || intent == -EIO)
-		return intent;
+	note = journal_intend(lock, at, (uint64_t)end, o.first);
+	if (note == -ENOSPC || note == -EDQUOT || note == -EIO)
+		return note;
 	o.dry = false;
 	if (ftruncate(fd, end) < 0)
 		o.err = -errno;
@@ -211,14 +216,14 @@ static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 	if (!o.err && fsync(fd) < 0)
 		o.err = -errno;
 	if (!o.err)
-		o.err = write_at(fd, o.first, end - size < MARK ? (size_t)(end - size) : MARK,
-		    (uint64_t)size);
+		o.err = write_at(fd, o.first, end - o.start < MARK ? (size_t)(end - o.start) : MARK,
+		    at);
 	if (!o.err && fsync(fd) < 0)
 		o.err = -errno;
 	if (o.err && (ftruncate(fd, size) < 0 || fsync(fd) < 0))
-		log_line(L_ERROR, "part of a message stays behind, to be mended: %s", reason(errno));
-	else if (intent >= 0 && ftruncate(intent, 0) == 0)
-		close(intent);
+		log_line(L_ERROR, "part of a message stays, to be mended: %s", reason(errno));
+	else if (note >= 0 && ftruncate(note, 0) == 0)
+		close(note);
 	return o.err;
 }
 
@@ -252,8 +257,11 @@ static int try_mbox(int spool, const char *box, const struct mail *m)
 	struct stat st;
 	struct lock lock;
 
-	if (made)
+	if (made) {
 		fd = create(spool, box);
+		if (fd >= 0 && fsync(spool) < 0 && errno != EINVAL)
+			fd = -errno;
+	}
 	if (fd < 0)
 		return fd == -EEXIST ? -ESTALE : fd == -ELOOP ? refuse(box, "a symbolic link") : fd;
 	err = fstat(fd, &st) < 0 ? -errno : 0;
@@ -269,8 +277,6 @@ static int try_mbox(int spool, const char *box, const struct mail *m)
 		lock_drop(&lock);
 	}
 	close(fd);
-	if (!err && made && fsync(spool) < 0 && errno != EINVAL)
-		err = -errno;
 	return err;
 }
 

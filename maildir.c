@@ -167,8 +167,10 @@ static int list_dir(struct list *l, int maildir, unsigned cur)
 	while (!err && (name = next_name(&in)))
 		if (in.type == 8 || in.type == 0)
 			err = list_add(l, name, cur);
+	if (!err && in.len < 0)
+		err = -errno;
 	close(in.fd);
-	return err ? err : in.len < 0 ? -ENOTDIR : 0;
+	return err;
 }
 
 static void list_free(struct list *l)

@@ -105,7 +105,7 @@ static void scan_skip(struct scan *c, const struct box *b)
 
 	if (c->length > b->size || to > b->size)
 		return;
-	n = pread(b->fd, next, 7, (off_t)to);
+	n = read_at(b->fd, next, 7, to);
 	if (n < 0)
 		return;
 	p += *p == '\r';
@@ -287,9 +287,9 @@ int mbox_fits(struct pieces *s, int fd, const struct gone *g, uint64_t size)
 		return more;
 	if (sum_end(&sum) != g->sum)
 		return -EAGAIN;
-	n = pread(fd, next, sizeof next, (off_t)end);
+	n = read_at(fd, next, sizeof next, end);
 	if (n < 0)
-		return -errno;
+		return (int)n;
 	if (end < size)
 		return n < 5 || memcmp(p, "From ", 5) ? -EAGAIN : 0;
 	/* What a delivery has put behind the snapshot since then, if only the first octet of it

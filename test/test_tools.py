@@ -585,10 +585,10 @@ def test_deliver_is_durable_before_it_says_so(spool, kind):
         assert got[1] == ('fsync', name) and got[3] == ('fsync', 'new')
     else:
         got = [x for x in got if x[1] != 'user.lock']
-        # The note, all but the first octets, these; and the new file's name.
+        # The new file's name; the note; all but the first octets; these.
         assert [x for i, x in enumerate(got) if x != got[i - 1]] == [
-            ('fsync', '.almond'), ('pwrite64', 'delivery'), ('fsync', 'delivery'), ('fsync', 'user'), ('pwrite64', 'user'),
-            ('fsync', 'user'), ('pwrite64', 'user'), ('fsync', 'user'), ('fsync', 'spool')], got
+            ('fsync', 'spool'), ('fsync', '.almond'), ('pwrite64', 'delivery'), ('fsync', 'delivery'), ('fsync', 'user'),
+            ('pwrite64', 'user'), ('fsync', 'user'), ('pwrite64', 'user'), ('fsync', 'user')], got
 
 
 def refused(spool, name, *paths):

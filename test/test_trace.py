@@ -209,9 +209,9 @@ def test_deleting_in_the_middle_goes_through_the_journal(spool):
              name in (*WRITES, 'ftruncate', 'fsync', 'fdatasync') and place(arguments).startswith(str(spool.path))
              and not place(arguments).endswith('.lock')]
     steps = [step for i, step in enumerate(steps) if step != steps[i - 1] or not i]
-    assert steps == [('.almond', 'fsync'), ('journal', 'pwrite64'), ('journal', 'fsync'), ('user', 'fsync'), ('user', 'pwrite64'),
-                     ('user', 'fsync'), ('user', 'pwrite64'), ('user', 'fsync'), ('user', 'ftruncate'), ('user', 'fsync'),
-                     ('journal', 'ftruncate'), ('journal', 'fsync')]
+    assert steps == [('user', 'fsync'), ('.almond', 'fsync'), ('journal', 'pwrite64'), ('journal', 'fsync'), ('user', 'fsync'),
+                     ('user', 'pwrite64'), ('user', 'fsync'), ('user', 'pwrite64'), ('user', 'fsync'), ('user', 'ftruncate'),
+                     ('user', 'fsync'), ('journal', 'ftruncate'), ('journal', 'fsync')]
     assert path.read_bytes() == b''.join(SEPARATOR + mail + b'\n' for mail in kept)
     assert journal.stat().st_size == 0 and journal.stat().st_mode & 0o777 == 0o600
     assert journal.parent.stat().st_mode & 0o777 == 0o700
