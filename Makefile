@@ -57,7 +57,7 @@ SMALL_LD = -static -no-pie -s -flto-partition=one -Wl,--gc-sections,--build-id=n
 TEST_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=3000 -DLOCK_STALE=1500 -DLOCK_OLD=0 -DPASSWD_TIME=5 \
 	-DRUN_DIR='"/run/almond-test"'
 # The crash proofs' build is the static file, but for its waits.
-CRASH_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=4000 -DLOCK_STALE=30 -DLOCK_OLD=0 -DRUN_DIR='"/run/almond-test"'
+CRASH_DEFS = -DFAIL_DELAY=20 -DTAKEOVER_IDLE=1500 -DLOCK_WAIT=4000 -DLOCK_STALE=5 -DLOCK_OLD=0 -DRUN_DIR='"/run/almond-test"'
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 .PHONY: all static static-armhf test-build crash-build asan-build clang-build musl-build run test crash frugal sizes install uninstall check-style \

@@ -228,17 +228,22 @@ static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 }
 
 /* A new mailbox is its owner's alone, and the spool's group's where that may write to the spool
- * (Debian's 660, group mail). */
+ * (Debian's 660, group mail).  Until its name is safe it may be executed, so that who finds it knows
+ * what is left to do. */
 static int create(int spool, const char *box)
 {
-	int fd = openat(spool, box, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+	int fd = openat(spool, box, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0700);
+
+	return fd < 0 ? -errno : fd;
+}
+
+static int created(int spool, int fd)
+{
 	struct stat st;
 
-	if (fd < 0)
+	if (fstat(spool, &st) < 0 || (fsync(spool) < 0 && errno != EINVAL))
 		return -errno;
-	if (ENABLE_MBOX && fstat(spool, &st) == 0)
-		give_group(fd, &st, 0660, 0600);
-	return fd;
+	return give_group(fd, &st, 0660, 0600);
 }
 
 static const char *unsafe(const struct stat *st)
@@ -252,22 +257,20 @@ static const char *unsafe(const struct stat *st)
 static int try_mbox(int spool, const char *box, const struct mail *m)
 {
 	int fd = open_at(spool, box, O_RDWR | O_NOFOLLOW | O_NONBLOCK), err;
-	bool made = fd == -ENOENT;
 	const char *fault;
 	struct stat st;
 	struct lock lock;
 
-	if (made) {
+	if (fd == -ENOENT)
 		fd = create(spool, box);
-		if (fd >= 0 && fsync(spool) < 0 && errno != EINVAL)
-			fd = -errno;
-	}
 	if (fd < 0)
 		return fd == -EEXIST ? -ESTALE : fd == -ELOOP ? refuse(box, "a symbolic link") : fd;
 	err = fstat(fd, &st) < 0 ? -errno : 0;
 	fault = err ? NULL : unsafe(&st);
 	if (fault)
 		err = refuse(box, fault);
+	if (!err && st.st_mode & S_IXUSR)
+		err = created(spool, fd);
 	if (!err) {
 		err = lock_take(&lock, spool, box, fd);
 		if (!err && fstat(fd, &st) < 0)

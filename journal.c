@@ -5,7 +5,7 @@
  * A commit takes the extents g out of the mailbox's octets [a, S), which leaves [a, N):
  *   1. the mailbox, whose agents may not have synced it;                     fsync
  *      the journal gets the old octets [a, S), the extents, a random mark;   fsync
- *   2. the mark goes over the mailbox's octets at N, which are to go;        fsync
+ *   2. the mark goes over the mailbox's last octets, in front of S;          fsync
  *   3. [a, N) gets its new octets;                                           fsync
  *   4. the mailbox is cut at N;                                              fsync
  *   5. the journal is emptied;                                               fsync
@@ -14,8 +14,12 @@
  * stands there from before the first octet moves until the cut, and no mail can look like it; so
  * with the mark the old octets are written back, and without it nothing was begun or all is done.
  * A cut inside a block zeroes the rest of the block, and these zeros may reach the disk before the
- * new size: zeros are a mark too.  So a mere cut at the end leaves a note like a delivery's: what
- * lies between these offsets is void unless its first octets are all there. */
+ * new size: they are a mark too.  So a mere cut at the end leaves a note like a delivery's: what
+ * lies between these offsets is void unless its first octets are all there.
+ *
+ * A name that was made is not trusted until its directory was synced; since who made it may have
+ * been stopped in between, a mode bit tells that: .almond is 0700, BOX has the sticky bit, a file
+ * may be executed. */
 #include "almond.h"
 
 #if ENABLE_MBOX
@@ -126,17 +130,13 @@ static size_t mark_size(const struct work *w)
 
 /* fd, or -errno where it is one, if it is of this type and nobody else can change it: -EPERM, and
  * closed, if not. */
-static int own(int fd, mode_t type, uint64_t *size)
+static int own(int fd, mode_t type, struct stat *st)
 {
-	struct stat st;
-
 	if (fd < 0)
 		return fd;
-	if (fstat(fd, &st) == 0 && (st.st_mode & (S_IFMT | S_IWGRP | S_IWOTH)) == type &&
-	    st.st_uid == geteuid() && (type == S_IFDIR || st.st_nlink == 1)) {
-		*size = (uint64_t)st.st_size;
+	if (fstat(fd, st) == 0 && (st->st_mode & (S_IFMT | S_IWGRP | S_IWOTH)) == type &&
+	    st->st_uid == geteuid() && (type == S_IFDIR || st->st_nlink == 1))
 		return fd;
-	}
 	close(fd);
 	return -EPERM;
 }
@@ -157,17 +157,15 @@ int give_group(int fd, const struct stat *spool, unsigned mode, unsigned otherwi
 
 void journal_prepare(int spool)
 {
-	struct stat st;
-	uint64_t size;
+	struct stat st, made;
 	int fd;
 
-	/* 0700: someone was stopped between the next two calls */
 	if ((fstatat(spool, HOME, &st, AT_SYMLINK_NOFOLLOW) == 0 && (st.st_mode & 07777) != 0700) ||
 	    fstat(spool, &st) < 0 || (geteuid() != 0 && geteuid() != st.st_uid))
 		return;
 	mkdirat(spool, HOME, 0700);
-	fd = own(open_dir(spool, HOME), S_IFDIR, &size);
-	if (fd < 0 || give_group(fd, &st, 03771, 01777) || fsync(spool) < 0)
+	fd = own(open_dir(spool, HOME), S_IFDIR, &made);
+	if (fd < 0 || fsync(spool) < 0 || give_group(fd, &st, 03771, 01777))
 		trouble(HOME, reason(errno));
 	close(fd);
 }
@@ -177,8 +175,7 @@ static int home(int spool, const char *box, bool make)
 {
 	char path[MAX_NAME + 16];
 	struct stat st;
-	uint64_t size;
-	int dir;
+	int fd, dir;
 
 	fmt(path, sizeof path, HOME "/%s", box);
 	if (make)
@@ -187,31 +184,29 @@ static int home(int spool, const char *box, bool make)
 		return -errno;
 	if (!S_ISDIR(st.st_mode) || (st.st_uid != 0 && st.st_uid != geteuid()))
 		return -EPERM;
-	if (make && mkdirat(spool, path, 0700) < 0) {
-		if (errno != EEXIST)
-			return -errno;
-	} else if (make) {
-		dir = open_dir(spool, HOME);
-		if (dir < 0 || fsync(dir) < 0)
-			return -errno;
-		close(dir);
-	}
-	return own(open_dir(spool, path), S_IFDIR, &size);
+	if (make && mkdirat(spool, path, 01700) < 0 && errno != EEXIST)
+		return -errno;
+	fd = own(open_dir(spool, path), S_IFDIR, &st);
+	if (fd < 0 || !make || !(st.st_mode & S_ISVTX))
+		return fd;
+	dir = open_dir(spool, HOME);
+	if (dir < 0 || fsync(dir) < 0 || syscall(SYS_fchmod, fd, 0700) < 0)
+		return -errno;
+	close(dir);
+	return fd;
 }
 
 static void open_work(struct work *w, const char *name, bool make)
 {
-	const int flags = O_RDWR | O_NOFOLLOW | O_NONBLOCK;
+	struct stat st;
 
 	w->dir = w->fd = home(w->l->dir, w->l->box, make);
 	if (w->dir >= 0) {
-		w->fd = open_at(w->dir, name, flags);
-		w->made = make && w->fd == -ENOENT;
-		if (w->made) {
-			w->fd = openat(w->dir, name, flags | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-			w->fd = w->fd < 0 ? -errno : w->fd;
-		}
-		w->fd = own(w->fd, S_IFREG, &w->size);
+		w->fd = openat(w->dir, name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC |
+		    (make ? O_CREAT : 0), 0700);
+		w->fd = own(w->fd < 0 ? -errno : w->fd, S_IFREG, &st);
+		w->size = (uint64_t)st.st_size;
+		w->made = st.st_mode & S_IXUSR;
 	}
 	w->err = w->fd < 0 ? w->fd : 0;
 }
@@ -294,8 +289,11 @@ static void write_down(struct work *w, const char *name)
 	put(w, w->fd, w->g, n, sizeof w->h + octets);
 	put(w, w->fd, &w->h, sizeof w->h, 0);
 	sync_file(w, w->fd);
-	if (w->made)
+	if (w->made) {
 		sync_file(w, w->dir);
+		if (!w->err && syscall(SYS_fchmod, w->fd, 0600) < 0)
+			w->err = -errno;
+	}
 	err = w->err;
 	if (!err)
 		return;
@@ -307,8 +305,8 @@ static void write_down(struct work *w, const char *name)
 
 /* ---- after a crash ---- */
 
-enum { OLD = 1, NEW = 2, EITHER = 4, MARKED = 8 };
-enum done { UNDONE, DONE, KEPT };
+enum { OLD = 1, NEW = 2, EITHER = 4 };
+enum done { UNDONE, DONE, KEPT, UNDO };
 
 static unsigned likeness(const char *file, const char *o, const char *n, size_t size, unsigned is)
 {
@@ -346,41 +344,53 @@ static uint64_t mailbox_size(struct work *w)
 	return (uint64_t)st.st_size;
 }
 
-/* What of [a, N) and of the mark is there. */
-static unsigned judge(struct work *w)
+/* What was done, by what is there of [a, N) and of the mark. */
+static enum done judge(struct work *w)
 {
 	uint64_t n, from, to = w->h.at, size = mailbox_size(w);
-	unsigned is = OLD | NEW | EITHER;
+	unsigned is = OLD | NEW | EITHER, marks = 0, olds = 0;
+	char there[MARK], was[MARK], first = 0;
 	size_t i, k = mark_size(w);
-	char there[2 * MARK];
 
 	if (size < w->h.left)
-		return 0;
+		return KEPT;
 	for (i = 0; i < w->h.count; i++, to += n) {
 		n = kept(w, i, &from);
 		is = compare(w, to, from, n, is);
 	}
 	if (size < w->h.end)
-		return is & NEW;
-	get(w, w->l->fd, there, k, to);
-	get(w, w->fd, there + MARK, k, old(w, to));
-	for (i = 0; i < k; i++)
-		if (!there[i] || there[i] == w->h.mark[i])
-			is |= MARKED;
-		else if (there[i] != there[MARK + i])
-			return is & NEW;
-	return is;
+		return is & NEW ? DONE : KEPT;
+	/* with mail behind S, zeros count where they begin at N: that mail may hold some */
+	if (size > w->h.end)
+		get(w, w->l->fd, &first, 1, to);
+	get(w, w->l->fd, there, k, w->h.end - k);
+	get(w, w->fd, was, k, old(w, w->h.end - k));
+	for (i = 0; i < k; i++) {
+		if (there[i] == w->h.mark[i] || (!there[i] && !first))
+			marks++;
+		else if (there[i] == was[i])
+			olds++;
+	}
+	if (marks == k)
+		return is & EITHER ? UNDO : KEPT;
+	if (olds == k && is & (OLD | NEW))
+		return UNDONE;
+	/* a mark in part was being written: nothing has moved */
+	if (marks + olds == k && is & OLD)
+		return UNDO;
+	return is & NEW ? DONE : KEPT;
 }
 
 /* The mark last: as long as it stands, this can be begun again. */
 static void undo(struct work *w)
 {
-	uint64_t at = w->h.at, left = w->h.left, k = mark_size(w), behind = left + k;
+	uint64_t at = w->h.at, k = mark_size(w), last = w->h.end - k;
 
-	copy(w, false, at, at, left - at);
-	copy(w, false, behind, behind, w->h.end - behind);
+	put(w, w->l->fd, w->h.mark, (size_t)k, last);
 	sync_file(w, w->l->fd);
-	copy(w, false, left, left, k);
+	copy(w, false, at, at, last - at);
+	sync_file(w, w->l->fd);
+	copy(w, false, last, last, k);
 	sync_file(w, w->l->fd);
 	if (!w->err)
 		trouble(w->l->box, "undone, what a crash cut short");
@@ -398,26 +408,16 @@ static void keep(struct work *w)
 	trouble(w->l->box, name);
 }
 
-/* Nothing begun, as far as one sees: undone too, for the case that a sync failed; where that has no
- * room, as on a full disk that never writes in place, it is good as it is. */
 static enum done settle(struct work *w)
 {
-	unsigned is = judge(w);
+	enum done done = judge(w);
 
-	if (w->err || (is & (MARKED | NEW)) == NEW) {
-		sync_file(w, w->l->fd);
-		return DONE;
-	}
-	if (!(is & (is & MARKED ? EITHER : OLD))) {
+	if (!w->err && done == KEPT)
 		keep(w);
-		return KEPT;
-	}
-	undo(w);
-	if (w->err && !(is & MARKED)) {
-		w->err = 0;
-		sync_file(w, w->l->fd);
-	}
-	return UNDONE;
+	if (!w->err && done == UNDO)
+		undo(w);
+	sync_file(w, w->l->fd);
+	return done;
 }
 
 /* Is what the note speaks of void: have some of its first octets not come, or gone? */
@@ -493,7 +493,7 @@ static void move(struct work *w)
 	uint64_t i, to = w->h.at, from, n;
 	int fd = w->l->fd;
 
-	put(w, fd, w->h.mark, mark_size(w), w->h.left);
+	put(w, fd, w->h.mark, mark_size(w), w->h.end - mark_size(w));
 	sync_file(w, fd);
 	for (i = 0; i < w->h.count; i++, to += n) {
 		n = kept(w, i, &from);
