@@ -101,6 +101,9 @@ int open_at(int dir, const char *path, int flags);
 /* the same for a directory; no link, unless dir is AT_FDCWD */
 int open_dir(int dir, const char *path);
 
+int stat_at(int dir, const char *path, struct stat *, int flags);       /* fstatat(2) */
+int stat_fd(int fd, struct stat *);                                     /* fstat(2) */
+
 /* Block the signals of a set that ends in 0, and get a descriptor that is readable when one came:
  * no handlers, so nothing is interrupted.  signal_next: the next that came, or 0. */
 int signal_open(const int *signals);

@@ -142,8 +142,8 @@ int auth_owner(struct account *who)
 	if (who->uid != 0)
 		return 0;
 	fmt(path, sizeof path, "%s/%s", conf.spool, who->box);
-	there = lstat(path, &box) == 0;
-	if (stat(conf.spool, &spool) < 0)
+	there = stat_at(AT_FDCWD, path, &box, AT_SYMLINK_NOFOLLOW) == 0;
+	if (stat_at(AT_FDCWD, conf.spool, &spool, 0) < 0)
 		return -errno;
 	if (!there || box.st_uid == 0)
 		box = spool;

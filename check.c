@@ -37,7 +37,7 @@ static void check_maildir(int spool, const char *name)
 		if (l.fd < 0)
 			todo("%s/%s: %s; make or chown it", name, dirs[i], reason(l.fd));
 		while (l.fd >= 0 && (entry = next_name(&l))) {
-			if (fstatat(l.fd, entry, &st, AT_SYMLINK_NOFOLLOW) < 0 ||
+			if (stat_at(l.fd, entry, &st, AT_SYMLINK_NOFOLLOW) < 0 ||
 			    !S_ISREG(st.st_mode)) {
 				odd++;
 				continue;
@@ -94,21 +94,18 @@ static int scan(struct scan *s, int fd, uint64_t size)
 	return more;
 }
 
-/* What crashes left: a journal, or what no journal could mend. */
-static void check_journal(int spool, const char *name)
+/* What no journal could mend. */
+static void check_kept(int spool, const char *name)
 {
 	struct listing l = { .at = 0 };
 	char path[MAX_NAME + 16];
 	const char *entry;
 
-	if (journal_waits(spool, name))
-		todo("a crash cut a change short: its next login or delivery mends it");
 	fmt(path, sizeof path, ".almond/%s", name);
 	l.fd = open_dir(spool, path);
 	while (l.fd >= 0 && (entry = next_name(&l)))
 		if (*entry == 'k')
-			todo("%s/%s: mail from before a crash; compare, then remove it", path,
-			    entry);
+			todo("%s/%s: see THE JOURNAL in almond(8)", path, entry);
 	close(l.fd);
 }
 
@@ -118,7 +115,7 @@ static void check_mbox(int spool, const char *name)
 	struct scan s = { .open = false };
 	struct stat st = { .st_size = 0 };
 
-	err = fd < 0 ? fd : fstat(fd, &st) < 0 ? -errno : scan(&s, fd, (uint64_t)st.st_size);
+	err = fd < 0 ? fd : stat_fd(fd, &st) < 0 ? -errno : scan(&s, fd, (uint64_t)st.st_size);
 	close(fd);
 	if (err) {
 		todo("%s: %s; make it readable for its user", name, reason(err));
@@ -126,7 +123,7 @@ static void check_mbox(int spool, const char *name)
 	}
 	print("%s: mbox, %llu messages, %llu octets\n", name, s.messages,
 	    (unsigned long long)st.st_size);
-	check_journal(spool, name);
+	check_kept(spool, name);
 	if (!s.messages && st.st_size)
 		todo("no message begins in it: restore it");
 	if (s.junk)
@@ -183,7 +180,7 @@ static void check_box(int spool, const char *name)
 		check_lock(spool, name);
 		return;
 	}
-	if (fstatat(spool, name, &st, AT_SYMLINK_NOFOLLOW) < 0)
+	if (stat_at(spool, name, &st, AT_SYMLINK_NOFOLLOW) < 0)
 		return;
 	if (name_fault(name) ||
 	    !(S_ISDIR(st.st_mode) || (S_ISREG(st.st_mode) && st.st_nlink == 1))) {
@@ -208,7 +205,7 @@ static bool check_spool_mode(int spool)
 {
 	struct stat st;
 
-	if (fstat(spool, &st) < 0)
+	if (stat_fd(spool, &st) < 0)
 		return false;
 	print("spool %s: uid %u, gid %u, mode %u%u%u%u\n", conf.spool, st.st_uid, st.st_gid,
 	    st.st_mode >> 9 & 7, st.st_mode >> 6 & 7, st.st_mode >> 3 & 7, st.st_mode & 7);

@@ -241,7 +241,7 @@ static int created(int spool, int fd)
 {
 	struct stat st;
 
-	if (fstat(spool, &st) < 0 || (fsync(spool) < 0 && errno != EINVAL))
+	if (stat_fd(spool, &st) < 0 || (fsync(spool) < 0 && errno != EINVAL))
 		return -errno;
 	return give_group(fd, &st, 0660, 0600);
 }
@@ -265,7 +265,7 @@ static int try_mbox(int spool, const char *box, const struct mail *m)
 		fd = create(spool, box);
 	if (fd < 0)
 		return fd == -EEXIST ? -ESTALE : fd == -ELOOP ? refuse(box, "a symbolic link") : fd;
-	err = fstat(fd, &st) < 0 ? -errno : 0;
+	err = stat_fd(fd, &st) < 0 ? -errno : 0;
 	fault = err ? NULL : unsafe(&st);
 	if (fault)
 		err = refuse(box, fault);
@@ -273,7 +273,7 @@ static int try_mbox(int spool, const char *box, const struct mail *m)
 		err = created(spool, fd);
 	if (!err) {
 		err = lock_take(&lock, spool, box, fd);
-		if (!err && fstat(fd, &st) < 0)
+		if (!err && stat_fd(fd, &st) < 0)
 			err = -errno;
 		if (!err)
 			err = append(fd, &lock, m, st.st_size);
@@ -356,7 +356,7 @@ static int to_maildir(int spool, const char *box, const struct mail *m, bool the
 	new = open_dir(dir, "new");
 	mkdirat(dir, "tmp", 0700);
 	tmp = open_dir(dir, "tmp");
-	if (fstat(dir, &st) < 0 || st.st_uid != geteuid() || new < 0 || tmp < 0)
+	if (stat_fd(dir, &st) < 0 || st.st_uid != geteuid() || new < 0 || tmp < 0)
 		return refuse(box, "no whole Maildir of this user");
 	return write_maildir(tmp, new, m);
 }
@@ -395,7 +395,7 @@ static int become_user(const char *name, int spool, struct account *who)
 		complain(found, conf.users);
 		return EX_TEMP;
 	}
-	if (found > 0 || (err && fstatat(spool, name, &st, AT_SYMLINK_NOFOLLOW) == 0))
+	if (found > 0 || (err && stat_at(spool, name, &st, AT_SYMLINK_NOFOLLOW) == 0))
 		err = auth_owner(who);
 	else if (err) {
 		log_line(L_ERROR, "%s: no such user; `almond passwd %s` makes one", name, name);
@@ -414,7 +414,7 @@ static int become_user(const char *name, int spool, struct account *who)
 static int deliver(int spool, const char *box, const struct mail *m)
 {
 	struct stat st;
-	bool there = fstatat(spool, box, &st, AT_SYMLINK_NOFOLLOW) == 0;
+	bool there = stat_at(spool, box, &st, AT_SYMLINK_NOFOLLOW) == 0;
 	static const int patience[] = { SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGALRM, SIGXFSZ, 0 };
 	int err;
 

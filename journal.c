@@ -134,7 +134,7 @@ static int own(int fd, mode_t type, struct stat *st)
 {
 	if (fd < 0)
 		return fd;
-	if (fstat(fd, st) == 0 && (st->st_mode & (S_IFMT | S_IWGRP | S_IWOTH)) == type &&
+	if (stat_fd(fd, st) == 0 && (st->st_mode & (S_IFMT | S_IWGRP | S_IWOTH)) == type &&
 	    st->st_uid == geteuid() && (type == S_IFDIR || st->st_nlink == 1))
 		return fd;
 	close(fd);
@@ -160,13 +160,13 @@ void journal_prepare(int spool)
 	struct stat st, made;
 	int fd;
 
-	if ((fstatat(spool, HOME, &st, AT_SYMLINK_NOFOLLOW) == 0 && (st.st_mode & 07777) != 0700) ||
-	    fstat(spool, &st) < 0 || (geteuid() != 0 && geteuid() != st.st_uid))
+	if ((stat_at(spool, HOME, &st, AT_SYMLINK_NOFOLLOW) == 0 && (st.st_mode & 07777) != 0700) ||
+	    stat_fd(spool, &st) < 0 || (geteuid() != 0 && geteuid() != st.st_uid))
 		return;
 	mkdirat(spool, HOME, 0700);
 	fd = own(open_dir(spool, HOME), S_IFDIR, &made);
-	if (fd < 0 || fsync(spool) < 0 || give_group(fd, &st, 03771, 01777))
-		trouble(HOME, reason(errno));
+	if (fd >= 0 && fsync(spool) == 0)
+		give_group(fd, &st, 03771, 01777);
 	close(fd);
 }
 
@@ -180,7 +180,7 @@ static int home(int spool, const char *box, bool make)
 	fmt(path, sizeof path, HOME "/%s", box);
 	if (make)
 		journal_prepare(spool);
-	if (fstatat(spool, HOME, &st, AT_SYMLINK_NOFOLLOW) < 0)
+	if (stat_at(spool, HOME, &st, AT_SYMLINK_NOFOLLOW) < 0)
 		return -errno;
 	if (!S_ISDIR(st.st_mode) || (st.st_uid != 0 && st.st_uid != geteuid()))
 		return -EPERM;
@@ -339,7 +339,7 @@ static uint64_t mailbox_size(struct work *w)
 {
 	struct stat st = { .st_size = 0 };
 
-	if (!w->err && fstat(w->l->fd, &st) < 0)
+	if (!w->err && stat_fd(w->l->fd, &st) < 0)
 		w->err = -errno;
 	return (uint64_t)st.st_size;
 }
@@ -348,7 +348,7 @@ static uint64_t mailbox_size(struct work *w)
 static enum done judge(struct work *w)
 {
 	uint64_t n, from, to = w->h.at, size = mailbox_size(w);
-	unsigned is = OLD | NEW | EITHER, marks = 0, olds = 0;
+	unsigned is = OLD | NEW | EITHER, mark;
 	char there[MARK], was[MARK], first = 0;
 	size_t i, k = mark_size(w);
 
@@ -365,18 +365,16 @@ static enum done judge(struct work *w)
 		get(w, w->l->fd, &first, 1, to);
 	get(w, w->l->fd, there, k, w->h.end - k);
 	get(w, w->fd, was, k, old(w, w->h.end - k));
-	for (i = 0; i < k; i++) {
-		if (there[i] == w->h.mark[i] || (!there[i] && !first))
-			marks++;
-		else if (there[i] == was[i])
-			olds++;
-	}
-	if (marks == k)
+	for (i = 0; i < k && !first; i++)
+		if (!there[i])
+			there[i] = w->h.mark[i];
+	mark = likeness(there, was, w->h.mark, k, OLD | NEW | EITHER);
+	if (mark & NEW)
 		return is & EITHER ? UNDO : KEPT;
-	if (olds == k && is & (OLD | NEW))
+	if (mark & OLD && is & (OLD | NEW))
 		return UNDONE;
 	/* a mark in part was being written: nothing has moved */
-	if (marks + olds == k && is & OLD)
+	if (mark & is & EITHER && is & OLD)
 		return UNDO;
 	return is & NEW ? DONE : KEPT;
 }
@@ -444,21 +442,14 @@ static const char *const names[] = { "journal", "delivery" };
 
 bool journal_waits(int spool, const char *box)
 {
-	struct lock l = { .dir = spool, .box = box };
-	struct work w = { .l = &l };
 	char path[MAX_NAME + 32];
 	struct stat st;
 	size_t i;
 
 	for (i = 0; i < LEN(names); i++) {
 		fmt(path, sizeof path, HOME "/%s/%s", box, names[i]);
-		w.err = fstatat(spool, path, &st, AT_SYMLINK_NOFOLLOW) < 0 ? -errno :
-		    st.st_size ? 0 : -ENOENT;
-		if (!w.err) {
-			open_work(&w, names[i], false);
-			leave(&w);
-		}
-		if (!none(w.err))
+		if (stat_at(spool, path, &st, AT_SYMLINK_NOFOLLOW) < 0 ? !none(-errno) :
+		    st.st_size && S_ISREG(st.st_mode) && st.st_uid == geteuid())
 			return true;
 	}
 	return false;

@@ -126,7 +126,7 @@ static void dot_watch(struct watch *w, int dir, const char *file)
 {
 	struct stat st;
 
-	if (fstatat(dir, file, &st, AT_SYMLINK_NOFOLLOW) < 0)
+	if (stat_at(dir, file, &st, AT_SYMLINK_NOFOLLOW) < 0)
 		return;
 	if (!w->since || st.st_ino != w->inode || st.st_mtim.tv_sec != w->time.tv_sec ||
 	    st.st_mtim.tv_nsec != w->time.tv_nsec ||
@@ -174,7 +174,7 @@ static bool dot_held(const struct lock *l)
 {
 	struct stat st;
 
-	return has(LOCK_DOT) && fstatat(l->dir, l->file, &st, AT_SYMLINK_NOFOLLOW) == 0;
+	return has(LOCK_DOT) && stat_at(l->dir, l->file, &st, AT_SYMLINK_NOFOLLOW) == 0;
 }
 
 /* A dot-lock cannot be made without a write, so it is looked for before and after: one who locked
@@ -192,11 +192,11 @@ static int snapshot_try(struct lock *l, struct stat *st, struct watch *w)
 		dot_watch(w, l->dir, l->file);
 		err = -EBUSY;
 	}
-	if (!err && fstat(l->fd, &before) < 0)
+	if (!err && stat_fd(l->fd, &before) < 0)
 		err = -errno;
 	if (!err && journal_waits(l->dir, l->box))
 		err = -ESTALE;
-	if (!err && (dot_held(l) || fstat(l->fd, st) < 0 || before.st_size != st->st_size))
+	if (!err && (dot_held(l) || stat_fd(l->fd, st) < 0 || before.st_size != st->st_size))
 		err = -EBUSY;
 	l->held = true;
 	lock_drop(l);
@@ -246,8 +246,8 @@ static bool same_file(const struct lock *l)
 {
 	struct stat mine, there;
 
-	return fstat(l->fd, &mine) == 0 &&
-	    fstatat(l->dir, l->box, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+	return stat_fd(l->fd, &mine) == 0 &&
+	    stat_at(l->dir, l->box, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
 	    mine.st_ino == there.st_ino && mine.st_dev == there.st_dev;
 }
 
@@ -282,8 +282,8 @@ void lock_drop(struct lock *l)
 	if (has(LOCK_FLOCK))
 		flock(l->fd, LOCK_UN);
 	if (l->dot >= 0) {
-		if (fstat(l->dot, &mine) == 0 &&
-		    fstatat(l->dir, l->file, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+		if (stat_fd(l->dot, &mine) == 0 &&
+		    stat_at(l->dir, l->file, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
 		    mine.st_ino == there.st_ino) /* else someone broke it, and holds his own */
 			unlinkat(l->dir, l->file, 0);
 		close(l->dot);

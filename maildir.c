@@ -24,7 +24,7 @@ static int maildir_look(struct box *b, uint32_t i)
 			return b->fd;
 		b->fetched = i;
 	}
-	if (fstat(b->fd, &st) < 0)
+	if (stat_fd(b->fd, &st) < 0)
 		return -errno;
 	return (uint64_t)st.st_size == m->stored ? 0 : -EAGAIN;
 }
@@ -37,7 +37,7 @@ static int maildir_measure(struct msg *m, struct pieces *s, int fd)
 	struct stat st;
 	int more;
 
-	if (fstat(fd, &st) < 0)
+	if (stat_fd(fd, &st) < 0)
 		return -errno;
 	m->stored = (uint64_t)st.st_size;
 	piece_from(s, fd, 0, m->stored);
@@ -273,7 +273,7 @@ int maildir_fetch(struct vault *v, uint32_t number)
 		return -EINVAL;
 	while (tries-- && path_of(number, path, sizeof path)) {
 		fd = open_quiet(v->fd, path);
-		if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && !hollow(&st))
+		if (fd >= 0 && stat_fd(fd, &st) == 0 && S_ISREG(st.st_mode) && !hollow(&st))
 			return fd;
 		if (fd >= 0)
 			close(fd);

@@ -40,7 +40,7 @@ int become(uid_t uid, gid_t gid)
 
 	if (geteuid() != 0)
 		return geteuid() == uid ? 0 : -EPERM;
-	if (uid == 0 || gid == 0 || stat(conf.spool, &st) < 0)
+	if (uid == 0 || gid == 0 || stat_at(AT_FDCWD, conf.spool, &st, 0) < 0)
 		return -EPERM;
 	with = st.st_mode & S_IWGRP && st.st_gid != 0;
 	return take(uid, gid, with, &st.st_gid);

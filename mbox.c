@@ -223,7 +223,7 @@ static int mbox_look(struct box *b, uint32_t i)
 	struct gone g;
 	int err;
 
-	if (fstat(b->fd, &st) < 0)
+	if (stat_fd(b->fd, &st) < 0)
 		return -errno;
 	if (unchanged(&st, &b->seen))
 		return 0;
@@ -251,7 +251,7 @@ static int mbox_index(struct box *b)
 	if (!err && b->count && pseudo(b, &c.s))
 		memmove(b->msg, b->msg + 1, --b->count * sizeof *b->msg);
 	piece_close(&c.s);
-	if (!err && fstat(b->fd, &st) < 0)
+	if (!err && stat_fd(b->fd, &st) < 0)
 		err = -errno;
 	for (i = 0; !err && i < b->count && !unchanged(&st, &b->seen); i++)
 		err = mbox_look(b, i);
@@ -330,7 +330,7 @@ static int take_out(struct vault *v, struct lock *l, struct gone *g, size_t n)
 	struct stat st;
 	int err;
 
-	if (fstat(l->fd, &st) < 0)
+	if (stat_fd(l->fd, &st) < 0)
 		return -errno;
 	if (st.st_dev != v->seen.st_dev || st.st_ino != v->seen.st_ino ||
 	    (uint64_t)st.st_size < seen)

@@ -204,7 +204,7 @@ static int take_identity(void)
 	int err;
 
 	m.vault.spool = open_dir(AT_FDCWD, conf.spool);
-	err = m.vault.spool < 0 ? m.vault.spool : fstat(m.vault.spool, &spool) < 0 ? -errno : 0;
+	err = m.vault.spool < 0 ? m.vault.spool : stat_fd(m.vault.spool, &spool) < 0 ? -errno : 0;
 	if (err) {
 		log_line(L_ERROR, "spool %s: %s; make it, or name another with -d", conf.spool,
 		    reason(err));
@@ -435,7 +435,7 @@ int vault_open(struct vault *v)
 		return vault_refuse(v, "no file");
 	if (v->fd == -EACCES)
 		return vault_refuse(v, "its user may not read it");
-	if (v->fd < 0 || fstat(v->fd, &st) < 0)
+	if (v->fd < 0 || stat_fd(v->fd, &st) < 0)
 		return v->fd < 0 ? v->fd : -errno;
 	if (st.st_uid != geteuid())
 		return vault_refuse(v, "it is another user's");
@@ -488,7 +488,7 @@ static int serve(int in, int out)
 {
 	int on = 1, stall = SEND_STALL, rest = 32;
 	struct stat st;
-	mode_t mode = fstat(out, &st) < 0 ? 0 : st.st_mode;
+	mode_t mode = stat_fd(out, &st) < 0 ? 0 : st.st_mode;
 
 	wire.in = in;
 	wire.out = out;

@@ -170,12 +170,12 @@ static int users_lock(const struct job *j, struct stat *st, bool *made)
 		}
 		if (fd < 0)
 			return fd;
-		if (fstat(fd, st) < 0)
+		if (stat_fd(fd, st) < 0)
 			return -errno;
 		if (!S_ISREG(st->st_mode))
 			return -EPERM;
 		if (flock(fd, LOCK_EX | LOCK_NB) == 0 &&
-		    fstatat(j->dir, j->base, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+		    stat_at(j->dir, j->base, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
 		    there.st_ino == st->st_ino)
 			return fd;
 		close(fd);

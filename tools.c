@@ -73,7 +73,7 @@ static int need(const char *path, int flags, const char *advice)
 	struct stat st;
 
 	/* "." is looked up in a directory: only who may search it gets an answer */
-	if (fd >= 0 && flags & O_DIRECTORY && fstatat(fd, ".", &st, 0) < 0)
+	if (fd >= 0 && flags & O_DIRECTORY && stat_at(fd, ".", &st, 0) < 0)
 		fd = -errno;
 	if (fd >= 0)
 		return fd;
@@ -129,7 +129,7 @@ static int check_users(void)
 
 	if (fd < 0)
 		return -fd;
-	if (fstat(fd, &st) == 0 && st.st_mode & (S_IWGRP | S_IRWXO))
+	if (stat_fd(fd, &st) == 0 && st.st_mode & (S_IWGRP | S_IRWXO))
 		log_line(L_WARN, "%s: others may %s it; chmod 600 it", conf.users,
 		    st.st_mode & (S_IWGRP | S_IWOTH) ? "change" : "read");
 	n = users_check(conf.users, &faults);
