@@ -128,28 +128,26 @@ static void put_separator(struct out *o, const struct mail *m)
 	    days + z % 7 * 4, months + month * 4, day < 9 ? " " : "", day + 1, clock, year));
 }
 
-/* A separator counts behind a blank line only: add what the mailbox's end lacks of one.  The new
- * size, or -errno. */
-static off_t put_gap(int fd, off_t size)
+/* A separator counts behind a blank line only: add what the mailbox's end lacks of one. */
+static void put_gap(struct out *o)
 {
 	char t[3];
-	ssize_t n = read_at(fd, t, sizeof t, size < 3 ? 0 : (uint64_t)size - 3);
-	const char *gap = "";
-	int err;
+	ssize_t n = read_at(o->fd, t, o->at < 3 ? (size_t)o->at : 3, o->at < 3 ? 0 :
+	    (uint64_t)o->at - 3);
 
-	if (n > 0 && t[n - 1] != '\n')
-		gap = "\n\n";
-	else if (n > 0) {
-		n--;
-		if (n && t[n - 1] == '\r')
-			n--;
-		if (n && t[n - 1] != '\n')
-			gap = t[n] == '\r' ? "\r\n" : "\n";
+	if (n < 0)
+		o->err = (int)n;
+	if (n <= 0)
+		return;
+	if (t[n - 1] != '\n') {
+		put(o, "\n\n", 2);
+		return;
 	}
-	err = n < 0 ? (int)n : write_at(fd, gap, strlen(gap), (uint64_t)size);
-	if (!err && *gap && fsync(fd) < 0)
-		err = -errno;
-	return err ? err : size + (off_t)strlen(gap);
+	n--;
+	if (n && t[n - 1] == '\r')
+		n--;
+	if (n && t[n - 1] != '\n')
+		put(o, t[n] == '\r' ? "\r\n" : "\n", t[n] == '\r' ? 2 : 1);
 }
 
 /* Is it "From " behind any number of '>'?  mboxrd: it gets one more. */
@@ -184,6 +182,7 @@ static void put_text(struct out *o, const struct mail *m)
 static void put_mail(struct out *o, const struct mail *m)
 {
 	o->at = o->start;
+	put_gap(o);
 	if (m->line)
 		put(o, m->line, (size_t)(m->p - m->line));
 	else
@@ -196,17 +195,15 @@ static void put_mail(struct out *o, const struct mail *m)
  * (a spool that lets its users make nothing), it is still taken back on an error. */
 static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 {
-	struct out o = { .fd = fd, .start = put_gap(fd, size), .dry = true, .lock = lock };
-	uint64_t at = (uint64_t)o.start;
+	struct out o = { .fd = fd, .start = size, .dry = true, .lock = lock };
 	int note;
 	off_t end;
 
-	if (o.start < 0)
-		return (int)o.start;
 	put_mail(&o, m);
 	end = o.at;
-	note = journal_intend(lock, at, (uint64_t)end, o.first);
-	if (note == -ENOSPC || note == -EDQUOT || note == -EIO)
+	note = o.err ? o.err :
+	    journal_intend(lock, (uint64_t)size, (uint64_t)end, o.first);
+	if (o.err || note == -ENOSPC || note == -EDQUOT || note == -EIO)
 		return note;
 	o.dry = false;
 	if (ftruncate(fd, end) < 0)
@@ -216,8 +213,8 @@ static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 	if (!o.err && fsync(fd) < 0)
 		o.err = -errno;
 	if (!o.err)
-		o.err = write_at(fd, o.first, end - o.start < MARK ? (size_t)(end - o.start) : MARK,
-		    at);
+		o.err = write_at(fd, o.first, end - size < MARK ? (size_t)(end - size) : MARK,
+		    (uint64_t)size);
 	if (!o.err && fsync(fd) < 0)
 		o.err = -errno;
 	if (o.err && (ftruncate(fd, size) < 0 || fsync(fd) < 0))
@@ -228,7 +225,7 @@ static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 }
 
 /* A new mailbox is its owner's alone, and the spool's group's where that may write to the spool
- * (Debian's 660, group mail).  Until its name is safe it may be executed, so that who finds it knows
+ * (Debian's 660, group mail).  Until its name is safe it may be executed, so that who finds it sees
  * what is left to do. */
 static int create(int spool, const char *box)
 {

@@ -418,7 +418,8 @@ static enum done settle(struct work *w)
 	return done;
 }
 
-/* Is what the note speaks of void: have some of its first octets not come, or gone? */
+/* Is what the note speaks of void: have some of its first octets not come, or gone?  An empty line
+ * in front of a delivery stays where mail has come behind it, whose agent saw one. */
 static void settle_note(struct work *w)
 {
 	struct gone g = { .at = w->h.at, .size = w->h.end - w->h.at };
@@ -430,10 +431,16 @@ static void settle_note(struct work *w)
 		get(w, w->l->fd, there, n, g.at);
 		if (likeness(there, w->h.mark, zeros, n, OLD | EITHER) != EITHER)
 			size = 0;
+		for (n = 0; n < MARK && (w->h.mark[n] == '\n' || w->h.mark[n] == '\r'); n++)
+			;
 		if (size == w->h.end)
 			cut(w, w->l->fd, g.at);
-		else if (size && !w->err)
-			w->err = journal_take_out(w->l, &g, 1, size);
+		else if (size && !w->err) {
+			put(w, w->l->fd, w->h.mark, n, g.at);
+			g.at += n;
+			g.size -= n;
+			w->err = w->err ? w->err : journal_take_out(w->l, &g, 1, size);
+		}
 	}
 	sync_file(w, w->l->fd);
 }
@@ -530,6 +537,7 @@ static void noted(struct work *w, uint64_t size)
 	int note = -1;
 
 	if (at) {
+		sync_file(w, w->l->fd);
 		get(w, w->l->fd, first, size - at < MARK ? (size_t)(size - at) : MARK, at);
 		note = journal_intend(w->l, at, size, first);
 	}

@@ -366,8 +366,10 @@ int open_at(int dir, const char *path, int flags)
 
 /* libc's way to these two is 0.5 kB, since its struct need not be the kernel's.  Here it is. */
 #if defined __x86_64__ && defined __LP64__
-_Static_assert(offsetof(struct stat, st_mode) == 24 && offsetof(struct stat, st_size) == 48 &&
-    offsetof(struct stat, st_ctim) == 104 && sizeof (struct stat) == 144, "not the kernel's");
+_Static_assert(offsetof(struct stat, st_mode) == 24, "not the kernel's");
+_Static_assert(offsetof(struct stat, st_size) == 48, "not the kernel's");
+_Static_assert(offsetof(struct stat, st_ctim) == 104, "not the kernel's");
+_Static_assert(sizeof (struct stat) == 144, "not the kernel's");
 
 int stat_at(int dir, const char *path, struct stat *st, int flags)
 {
