@@ -140,6 +140,8 @@ int random_bytes(void *, size_t);
 /* Write all n octets of p to descriptor fd, through short writes and EINTR. */
 int write_all(int fd, const void *p, size_t n);
 int write_at(int fd, const void *p, size_t n, uint64_t at);     /* the same at an offset */
+/* fsync; a directory of a file system that knows no sync for those is no error */
+int sync_fd(int fd);
 /* n octets from an offset on, less only where the file ends; or -errno */
 ssize_t read_at(int fd, void *p, size_t n, uint64_t at);
 
@@ -411,25 +413,27 @@ int mbox_commit(struct vault *, struct gone *, size_t n);
 
 /* ---- journal.c: a change of an mbox that survives a crash ------------------------------------ */
 
-/* Make SPOOL/.almond, where it is missing and we are root or the spool's owner; else a log line.  A
- * mailbox whose owner cannot make a directory in it loses nothing, but nothing can be deleted from
- * its middle. */
-void journal_prepare(int spool);
+/* Make SPOOL/.almond, where it is missing and we are root or the spool's owner.  False: it is not
+ * there, or not root's or ours.  A mailbox whose owner cannot make a directory in it loses nothing,
+ * but nothing can be deleted from its middle. */
+bool journal_prepare(int spool);
 /* Give what fd is open on the spool's group and `mode`, where that group may write to the spool;
  * else the mode `otherwise`. */
 int give_group(int fd, const struct stat *spool, unsigned mode, unsigned otherwise);
-/* Is there something to mend?  Two calls of stat. */
+/* Is there something to mend?  Two calls of stat, where there is nothing. */
 bool journal_waits(int spool, const char *box);
-/* Mend it, under the locks: whole is the mailbox afterwards, old or new. */
+/* Mend it, under the locks: the mailbox is whole afterwards, old or new; or -errno, and nothing may
+ * be made of the mailbox until it can be mended. */
 int journal_mend(struct lock *);
 /* Take the extents, ascending and disjoint, out of the mailbox of `size` octets, under the locks.
- * On an error it is as it was; but where there is no room for a journal, messages at the end that
- * were to go may be gone.  Writes nothing in front of g->at; behind it at most twice, and a head;
- * no octet at all where nothing that stays lies behind g->at.  g is used up. */
+ * On an error it is as it was, or journal_mend is what makes it so; but where there is no room for
+ * a journal, messages at the end that were to go may be gone.  Writes nothing in front of g->at;
+ * behind it at most twice, and a head; where nothing that stays lies behind g->at, a note of 64
+ * octets, and not even that where g->at is 0 or there is no room.  g is used up. */
 int journal_take_out(struct lock *, struct gone *g, size_t n, uint64_t size);
-/* Leave a note: the octets [at, end) are void unless `first`, the first of them, are all there.  So
+/* Leave a note: the mailbox's octets [at, end) are void unless `first`, the first of them, are all there.  So
  * who appends writes these last, when the others are synced.  A descriptor, which the caller cuts
- * to 0 when he is done; or -errno. */
+ * to 0 when he is done; or -errno, -EPERM where no such note can be left at all. */
 enum { MARK = 16 };
 int journal_intend(struct lock *, uint64_t at, uint64_t end, const char first[MARK]);
 

@@ -100,13 +100,15 @@ static void check_kept(int spool, const char *name)
 	struct listing l = { .at = 0 };
 	char path[MAX_NAME + 16];
 	const char *entry;
+	bool kept = false;
 
 	fmt(path, sizeof path, ".almond/%s", name);
 	l.fd = open_dir(spool, path);
 	while (l.fd >= 0 && (entry = next_name(&l)))
-		if (*entry == 'k')
-			todo("%s/%s: see THE JOURNAL in almond(8)", path, entry);
+		kept |= *entry == 'k';
 	close(l.fd);
+	if (kept)
+		todo("%s holds mail from before a crash: THE JOURNAL in almond(8)", path);
 }
 
 static void check_mbox(int spool, const char *name)

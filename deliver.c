@@ -79,6 +79,12 @@ struct out {
 	char first[MARK];
 };
 
+static void sync_out(struct out *o)
+{
+	if (!o->err)
+		o->err = sync_fd(o->fd);
+}
+
 static void put(struct out *o, const char *p, size_t n)
 {
 	size_t k;
@@ -90,8 +96,8 @@ static void put(struct out *o, const char *p, size_t n)
 		if (o->dry)
 			continue;
 		o->err = write_at(o->fd, p, k, (uint64_t)o->at);
-		if (!o->err && k == PIECE && fdatasync(o->fd) < 0)
-			o->err = -errno;
+		if (k == PIECE)
+			sync_out(o);
 		if (ENABLE_MBOX && o->lock)
 			lock_touch(o->lock);
 	}
@@ -191,34 +197,34 @@ static void put_mail(struct out *o, const struct mail *m)
 }
 
 /* Under the lock.  The first octets, which make a message of the others, come when these are safe;
- * what a crash leaves without them, the next who locks takes away.  Where no such note can be left
- * (a spool that lets its users make nothing), it is still taken back on an error. */
+ * what a crash leaves without them, the next who locks takes away.  Where no note of that can be
+ * left (a spool that lets its users make nothing) all is written in its order, as others do; it is
+ * taken back on an error. */
 static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 {
 	struct out o = { .fd = fd, .start = size, .dry = true, .lock = lock };
-	int note;
 	off_t end;
+	size_t k;
+	int note;
 
 	put_mail(&o, m);
 	end = o.at;
 	note = o.err ? o.err :
 	    journal_intend(lock, (uint64_t)size, (uint64_t)end, o.first);
-	if (o.err || note == -ENOSPC || note == -EDQUOT || note == -EIO)
+	if (note < 0 && note != -EPERM)
 		return note;
 	o.dry = false;
-	if (ftruncate(fd, end) < 0)
-		o.err = -errno;
-	else
-		put_mail(&o, m);
-	if (!o.err && fsync(fd) < 0)
-		o.err = -errno;
+	k = end - size < MARK ? (size_t)(end - size) : MARK;
+	o.err = note < 0 ? write_at(fd, o.first, k, (uint64_t)size) :
+	    ftruncate(fd, end) < 0 ? -errno : 0;
 	if (!o.err)
-		o.err = write_at(fd, o.first, end - size < MARK ? (size_t)(end - size) : MARK,
-		    (uint64_t)size);
-	if (!o.err && fsync(fd) < 0)
-		o.err = -errno;
+		put_mail(&o, m);
+	sync_out(&o);
+	if (!o.err)
+		o.err = write_at(fd, o.first, k, (uint64_t)size);
+	sync_out(&o);
 	if (o.err && (ftruncate(fd, size) < 0 || fsync(fd) < 0))
-		log_line(L_ERROR, "part of a message stays, to be mended: %s", reason(errno));
+		log_line(L_ERROR, "part of a message stays behind: %s", reason(errno));
 	else if (note >= 0 && ftruncate(note, 0) == 0)
 		close(note);
 	return o.err;
@@ -236,10 +242,11 @@ static int create(int spool, const char *box)
 
 static int created(int spool, int fd)
 {
+	int err = sync_fd(spool);
 	struct stat st;
 
-	if (stat_fd(spool, &st) < 0 || (fsync(spool) < 0 && errno != EINVAL))
-		return -errno;
+	if (err || stat_fd(spool, &st) < 0)
+		return err ? err : -errno;
 	return give_group(fd, &st, 0660, 0600);
 }
 
@@ -267,7 +274,7 @@ static int try_mbox(int spool, const char *box, const struct mail *m)
 	if (fault)
 		err = refuse(box, fault);
 	if (!err && st.st_mode & S_IXUSR)
-		err = created(spool, fd);
+		err = st.st_size ? sync_fd(spool) : created(spool, fd);
 	if (!err) {
 		err = lock_take(&lock, spool, box, fd);
 		if (!err && stat_fd(fd, &st) < 0)

@@ -18,8 +18,7 @@
  * lies between these offsets is void unless its first octets are all there.
  *
  * A name that was made is not trusted until its directory was synced; since who made it may have
- * been stopped in between, a mode bit tells that: .almond is 0700, BOX has the sticky bit, a file
- * may be executed. */
+ * been stopped in between, a mode bit tells that: .almond is 1700, BOX too, a file is 0700. */
 #include "almond.h"
 
 #if ENABLE_MBOX
@@ -58,11 +57,10 @@ static char buffer[SCAN_BUFFER];
 
 /* ---- octets ---- */
 
-/* EINVAL: a directory of a file system that knows no sync for those. */
 static void sync_file(struct work *w, int fd)
 {
-	if (!w->err && fsync(fd) < 0 && errno != EINVAL)
-		w->err = -errno;
+	if (!w->err)
+		w->err = sync_fd(fd);
 }
 
 static void cut(struct work *w, int fd, uint64_t size)
@@ -155,50 +153,50 @@ int give_group(int fd, const struct stat *spool, unsigned mode, unsigned otherwi
 	return syscall(SYS_fchmod, fd, group ? mode : otherwise) < 0 ? -errno : 0;
 }
 
-void journal_prepare(int spool)
+bool journal_prepare(int spool)
 {
 	struct stat st, made;
 	int fd;
 
-	if ((stat_at(spool, HOME, &st, AT_SYMLINK_NOFOLLOW) == 0 && (st.st_mode & 07777) != 0700) ||
-	    stat_fd(spool, &st) < 0 || (geteuid() != 0 && geteuid() != st.st_uid))
-		return;
-	mkdirat(spool, HOME, 0700);
-	fd = own(open_dir(spool, HOME), S_IFDIR, &made);
-	if (fd >= 0 && fsync(spool) == 0)
-		give_group(fd, &st, 03771, 01777);
-	close(fd);
+	made.st_mode = 0;
+	/* 1700: someone was stopped between the next calls */
+	if ((stat_at(spool, HOME, &made, AT_SYMLINK_NOFOLLOW) < 0 ||
+	    (made.st_mode & 07777) == 01700) && stat_fd(spool, &st) == 0 &&
+	    (geteuid() == 0 || geteuid() == st.st_uid)) {
+		mkdirat(spool, HOME, 01700);
+		fd = own(open_dir(spool, HOME), S_IFDIR, &made);
+		if (fd >= 0 && !sync_fd(spool))
+			give_group(fd, &st, 03775, 01777);
+		close(fd);
+	}
+	return S_ISDIR(made.st_mode) && (made.st_uid == 0 || made.st_uid == geteuid());
 }
 
 /* The mailbox's own directory.  -ENOENT: there is none. */
 static int home(int spool, const char *box, bool make)
 {
-	char path[MAX_NAME + 16];
+	int fd = -EPERM, dir;
 	struct stat st;
-	int fd, dir;
 
-	fmt(path, sizeof path, HOME "/%s", box);
 	if (make)
 		journal_prepare(spool);
-	if (stat_at(spool, HOME, &st, AT_SYMLINK_NOFOLLOW) < 0)
-		return -errno;
-	if (!S_ISDIR(st.st_mode) || (st.st_uid != 0 && st.st_uid != geteuid()))
-		return -EPERM;
-	if (make && mkdirat(spool, path, 01700) < 0 && errno != EEXIST)
-		return -errno;
-	fd = own(open_dir(spool, path), S_IFDIR, &st);
-	if (fd < 0 || !make || !(st.st_mode & S_ISVTX))
-		return fd;
 	dir = open_dir(spool, HOME);
-	if (dir < 0 || fsync(dir) < 0 || syscall(SYS_fchmod, fd, 0700) < 0)
-		return -errno;
+	if (dir < 0)
+		return dir;
+	if (stat_fd(dir, &st) == 0 && (st.st_uid == 0 || st.st_uid == geteuid())) {
+		fd = make && mkdirat(dir, box, 01700) < 0 && errno != EEXIST ? -errno :
+		    own(open_dir(dir, box), S_IFDIR, &st);
+		if (fd >= 0 && make && st.st_mode & S_ISVTX &&
+		    (sync_fd(dir) || syscall(SYS_fchmod, fd, 0700) < 0))
+			fd = -EIO;
+	}
 	close(dir);
 	return fd;
 }
 
 static void open_work(struct work *w, const char *name, bool make)
 {
-	struct stat st;
+	struct stat st = { .st_size = 0 };
 
 	w->dir = w->fd = home(w->l->dir, w->l->box, make);
 	if (w->dir >= 0) {
@@ -207,6 +205,8 @@ static void open_work(struct work *w, const char *name, bool make)
 		w->fd = own(w->fd < 0 ? -errno : w->fd, S_IFREG, &st);
 		w->size = (uint64_t)st.st_size;
 		w->made = st.st_mode & S_IXUSR;
+		if (w->fd < 0)
+			close(w->dir);
 	}
 	w->err = w->fd < 0 ? w->fd : 0;
 }
@@ -261,9 +261,10 @@ static bool load(struct work *w, struct lock *l, const char *name)
 		w->err = w->fd = 0;
 	else if (w->size >= sizeof w->h)
 		get(w, w->fd, &w->h, sizeof w->h, 0);
-	if (!w->fd || whole(w))
+	if (!w->fd || (w->size && whole(w)))
 		return w->fd;
-	cut(w, w->fd, 0);
+	if (w->size)
+		cut(w, w->fd, 0);
 	leave(w);
 	return false;
 }
@@ -278,6 +279,8 @@ static void write_down(struct work *w, const char *name)
 	int err;
 
 	open_work(w, name, true);
+	if (!w->err && w->size)         /* what could not be mended, or emptied */
+		w->err = -EBUSY;
 	if (w->err)
 		return;
 	memcpy(w->h.magic, magic, sizeof magic);
@@ -358,11 +361,16 @@ static enum done judge(struct work *w)
 		n = kept(w, i, &from);
 		is = compare(w, to, from, n, is);
 	}
+	if (size > to)
+		get(w, w->l->fd, &first, 1, to);
+	/* done, and no mail begins at N: what another program left there is none of ours */
+	if (first && first != 'F' && first != '\n' && first != '\r')
+		is &= ~(unsigned)NEW;
 	if (size < w->h.end)
 		return is & NEW ? DONE : KEPT;
 	/* with mail behind S, zeros count where they begin at N: that mail may hold some */
-	if (size > w->h.end)
-		get(w, w->l->fd, &first, 1, to);
+	if (size == w->h.end)
+		first = 0;
 	get(w, w->l->fd, there, k, w->h.end - k);
 	get(w, w->fd, was, k, old(w, w->h.end - k));
 	for (i = 0; i < k && !first; i++)
@@ -406,14 +414,22 @@ static void keep(struct work *w)
 	trouble(w->l->box, name);
 }
 
+/* Nothing was begun, as far as one sees; but if a sync failed, it is not so on the disk: what may be
+ * the mark there is written anew, if there is room. */
 static enum done settle(struct work *w)
 {
+	uint64_t k = mark_size(w), last = w->h.end - k;
 	enum done done = judge(w);
 
 	if (!w->err && done == KEPT)
 		keep(w);
 	if (!w->err && done == UNDO)
 		undo(w);
+	if (done == UNDONE) {
+		copy(w, false, last, last, k);
+		if (w->err == -ENOSPC || w->err == -EDQUOT)
+			w->err = 0;
+	}
 	sync_file(w, w->l->fd);
 	return done;
 }
@@ -449,14 +465,22 @@ static const char *const names[] = { "journal", "delivery" };
 
 bool journal_waits(int spool, const char *box)
 {
+	struct lock l = { .dir = spool, .box = box };
+	struct work w = { .l = &l };
 	char path[MAX_NAME + 32];
 	struct stat st;
 	size_t i;
 
 	for (i = 0; i < LEN(names); i++) {
 		fmt(path, sizeof path, HOME "/%s/%s", box, names[i]);
-		if (stat_at(spool, path, &st, AT_SYMLINK_NOFOLLOW) < 0 ? !none(-errno) :
-		    st.st_size && S_ISREG(st.st_mode) && st.st_uid == geteuid())
+		w.err = stat_at(spool, path, &st, AT_SYMLINK_NOFOLLOW) < 0 ? -errno : 0;
+		if (!w.err && !st.st_size)
+			continue;
+		if (!w.err) {           /* the path may lead astray */
+			open_work(&w, names[i], false);
+			leave(&w);
+		}
+		if (!none(w.err))
 			return true;
 	}
 	return false;
@@ -485,6 +509,14 @@ int journal_mend(struct lock *l)
 
 /* ---- a commit ---- */
 
+/* The end of it.  An agent that takes none of our locks may have been there. */
+static void cut_mailbox(struct work *w)
+{
+	if (mailbox_size(w) != w->h.end && !w->err)
+		w->err = -EAGAIN;
+	cut(w, w->l->fd, w->h.left);
+}
+
 /* Steps 2 to 4.  What moves comes from the journal: the mark lies on the end of it. */
 static void move(struct work *w)
 {
@@ -498,7 +530,7 @@ static void move(struct work *w)
 		copy(w, false, from, to, n);
 	}
 	sync_file(w, fd);
-	cut(w, fd, w->h.left);
+	cut_mailbox(w);
 }
 
 /* What must be moved goes through the journal.  False: the mailbox was not touched. */
@@ -541,10 +573,9 @@ static void noted(struct work *w, uint64_t size)
 		get(w, w->l->fd, first, size - at < MARK ? (size_t)(size - at) : MARK, at);
 		note = journal_intend(w->l, at, size, first);
 	}
-	cut(w, w->l->fd, at);
-	if (note >= 0 && !w->err && ftruncate(note, 0) < 0)
-		w->err = -errno;
-	close(note);
+	cut_mailbox(w);
+	if (note >= 0 && !w->err && ftruncate(note, 0) == 0)
+		close(note);
 }
 
 /* Neighbours become one extent; how many are left. */
@@ -577,9 +608,9 @@ int journal_take_out(struct lock *l, struct gone *g, size_t n, uint64_t size)
 		else if (!journaled(&w) && (w.err == -ENOSPC || w.err == -EDQUOT) &&
 		    g[n - 1].at + g[n - 1].size == size) {
 			/* no room: what can go without a journal goes first, and makes some */
-			size = g[--n].at;
+			size = w.h.left = g[--n].at;
 			w.err = 0;
-			cut(&w, l->fd, size);
+			cut_mailbox(&w);
 			if (!w.err)
 				continue;
 		}
@@ -596,7 +627,7 @@ int journal_intend(struct lock *l, uint64_t at, uint64_t end, const char first[M
 	memcpy(w.h.mark, first, MARK);
 	write_down(&w, "delivery");
 	if (w.err)
-		return w.err;
+		return none(w.err) ? -EPERM : w.err;
 	close(w.dir);
 	return w.fd;
 }

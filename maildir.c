@@ -315,7 +315,7 @@ static int sync_dir(int maildir, const char *name)
 
 	if (fd < 0)
 		return fd;
-	err = fsync(fd) < 0 ? -errno : 0;
+	err = sync_fd(fd);
 	close(fd);
 	return err;
 }

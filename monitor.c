@@ -417,7 +417,7 @@ static int vault_mbox(struct vault *v)
 		if (!err)
 			err = lock_snapshot(v->spool, v->box, v->fd, &v->seen);
 	}
-	return err ? err : v->seen.st_nlink != 1 ? -EAGAIN : 0;
+	return err == -ESTALE ? -EAGAIN : err ? err : v->seen.st_nlink != 1 ? -EAGAIN : 0;
 }
 
 int vault_open(struct vault *v)

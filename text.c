@@ -466,6 +466,11 @@ static ssize_t transfer(bool out, int fd, char *p, size_t n, uint64_t at)
 	return (ssize_t)done;
 }
 
+int sync_fd(int fd)
+{
+	return fsync(fd) < 0 && errno != EINVAL ? -errno : 0;
+}
+
 ssize_t read_at(int fd, void *p, size_t n, uint64_t at)
 {
 	return transfer(false, fd, p, n, at);

@@ -92,8 +92,8 @@ static int check_spool(bool prepare)
 	warning = fs_warning(fd);
 	if (warning)
 		log_line(L_WARN, "spool %s %s", conf.spool, warning);
-	if (ENABLE_MBOX && prepare)
-		journal_prepare(fd);
+	if (ENABLE_MBOX && prepare && !journal_prepare(fd))
+		log_line(L_WARN, "%s/.almond: see THE JOURNAL in almond(8)", conf.spool);
 	close(fd);
 	return 0;
 }
