@@ -134,7 +134,7 @@ crash:
 	tools/deps test crash
 	MAKE='$(MAKE)' PYTHON='$(PYTHON)' tools/test crash
 
-frugal: test-build
+frugal: crash-build test-build
 	tools/deps test
 	$(PYTHON) test/crash/frugal.py
 

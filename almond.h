@@ -431,9 +431,9 @@ int journal_mend(struct lock *);
  * behind it at most twice, and a head; where nothing that stays lies behind g->at, a note of 64
  * octets, and not even that where g->at is 0 or there is no room.  g is used up. */
 int journal_take_out(struct lock *, struct gone *g, size_t n, uint64_t size);
-/* Leave a note: the mailbox's octets [at, end) are void unless `first`, the first of them, are all there.  So
- * who appends writes these last, when the others are synced.  A descriptor, which the caller cuts
- * to 0 when he is done; or -errno, -EPERM where no such note can be left at all. */
+/* Leave a note: the mailbox's octets [at, end) are void unless `first`, the first of them, are all
+ * there.  So who appends writes these last, when the others are synced.  A descriptor, which the
+ * caller cuts to 0 when he is done; or -errno, -EPERM where no such note can be left at all. */
 enum { MARK = 16 };
 int journal_intend(struct lock *, uint64_t at, uint64_t end, const char first[MARK]);
 

@@ -130,13 +130,13 @@ static size_t mark_size(const struct work *w)
  * closed, if not. */
 static int own(int fd, mode_t type, struct stat *st)
 {
-	if (fd < 0)
-		return fd;
-	if (stat_fd(fd, st) == 0 && (st->st_mode & (S_IFMT | S_IWGRP | S_IWOTH)) == type &&
+	int err = fd < 0 ? fd : stat_fd(fd, st) < 0 ? -errno : 0;
+
+	if (!err && (st->st_mode & (S_IFMT | S_IWGRP | S_IWOTH)) == type &&
 	    st->st_uid == geteuid() && (type == S_IFDIR || st->st_nlink == 1))
 		return fd;
 	close(fd);
-	return -EPERM;
+	return err ? err : -EPERM;
 }
 
 static void trouble(const char *box, const char *what)
@@ -183,7 +183,9 @@ static int home(int spool, const char *box, bool make)
 	dir = open_dir(spool, HOME);
 	if (dir < 0)
 		return dir;
-	if (stat_fd(dir, &st) == 0 && (st.st_uid == 0 || st.st_uid == geteuid())) {
+	if (stat_fd(dir, &st) < 0)
+		fd = -errno;
+	else if (st.st_uid == 0 || st.st_uid == geteuid()) {
 		fd = make && mkdirat(dir, box, 01700) < 0 && errno != EEXIST ? -errno :
 		    own(open_dir(dir, box), S_IFDIR, &st);
 		if (fd >= 0 && make && st.st_mode & S_ISVTX &&
@@ -414,8 +416,8 @@ static void keep(struct work *w)
 	trouble(w->l->box, name);
 }
 
-/* Nothing was begun, as far as one sees; but if a sync failed, it is not so on the disk: what may be
- * the mark there is written anew, if there is room. */
+/* Nothing was begun, as far as one sees; but if a sync failed, it is not so on the disk: what may
+ * be the mark there is written anew, if there is room. */
 static enum done settle(struct work *w)
 {
 	uint64_t k = mark_size(w), last = w->h.end - k;
@@ -427,7 +429,7 @@ static enum done settle(struct work *w)
 		undo(w);
 	if (done == UNDONE) {
 		copy(w, false, last, last, k);
-		if (w->err == -ENOSPC || w->err == -EDQUOT)
+		if (w->err == -ENOSPC || w->err == -EDQUOT || w->err == -EFBIG)
 			w->err = 0;
 	}
 	sync_file(w, w->l->fd);
@@ -509,12 +511,16 @@ int journal_mend(struct lock *l)
 
 /* ---- a commit ---- */
 
-/* The end of it.  An agent that takes none of our locks may have been there. */
+/* The end of it.  An agent that takes none of our locks may have been there.  Where there is no
+ * room at all, btrfs refuses to cut inside a block when it has zeroed the rest in memory, not on
+ * the disk: that memory is forgotten. */
 static void cut_mailbox(struct work *w)
 {
 	if (mailbox_size(w) != w->h.end && !w->err)
 		w->err = -EAGAIN;
 	cut(w, w->l->fd, w->h.left);
+	if (w->err)
+		posix_fadvise(w->l->fd, 0, 0, POSIX_FADV_DONTNEED);
 }
 
 /* Steps 2 to 4.  What moves comes from the journal: the mark lies on the end of it. */
@@ -608,9 +614,10 @@ int journal_take_out(struct lock *l, struct gone *g, size_t n, uint64_t size)
 		else if (!journaled(&w) && (w.err == -ENOSPC || w.err == -EDQUOT) &&
 		    g[n - 1].at + g[n - 1].size == size) {
 			/* no room: what can go without a journal goes first, and makes some */
-			size = w.h.left = g[--n].at;
+			w.h.left = g[--n].at;
 			w.err = 0;
-			cut_mailbox(&w);
+			noted(&w, size);
+			size = w.h.left;
 			if (!w.err)
 				continue;
 		}
