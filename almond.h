@@ -103,6 +103,8 @@ int open_dir(int dir, const char *path);
 
 int stat_at(int dir, const char *path, struct stat *, int flags);       /* fstatat(2) */
 int stat_fd(int fd, struct stat *);                                     /* fstat(2) */
+int open_socket(int domain, int type);                                  /* socket(2) */
+int channel_pair(int pair[2]);          /* two ends of a line between processes; socketpair(2) */
 
 /* Block the signals of a set that ends in 0, and get a descriptor that is readable when one came:
  * no handlers, so nothing is interrupted.  signal_next: the next that came, or 0. */
@@ -428,14 +430,16 @@ int journal_mend(struct lock *);
 /* Take the extents, ascending and disjoint, out of the mailbox of `size` octets, under the locks.
  * On an error it is as it was, or journal_mend is what makes it so; but where there is no room for
  * a journal, messages at the end that were to go may be gone.  Writes nothing in front of g->at;
- * behind it at most twice, and a head; where nothing that stays lies behind g->at, a note of 64
+ * behind it at most twice, and a head; where nothing that stays lies behind g->at, a note of 80
  * octets, and not even that where g->at is 0 or there is no room.  g is used up. */
 int journal_take_out(struct lock *, struct gone *g, size_t n, uint64_t size);
 /* Leave a note: the mailbox's octets [at, end) are void unless `first`, the first of them, are all
- * there.  So who appends writes these last, when the others are synced.  A descriptor, which the
- * caller cuts to 0 when he is done; or -errno, -EPERM where no such note can be left at all. */
+ * there (or others than `last` stand at the end).  So who appends writes these last, when the
+ * others are synced.  A descriptor, which the caller cuts to 0 when he is done; or -errno, -EPERM
+ * where no such note can be left at all. */
 enum { MARK = 16 };
-int journal_intend(struct lock *, uint64_t at, uint64_t end, const char first[MARK]);
+int journal_intend(struct lock *, uint64_t at, uint64_t end, const char first[MARK],
+	const char last[MARK]);
 
 /* ---- maildir.c ------------------------------------------------------------------------------- */
 

@@ -108,7 +108,7 @@ static void check_kept(int spool, const char *name)
 		kept |= *entry == 'k';
 	close(l.fd);
 	if (kept)
-		todo("%s holds mail from before a crash: THE JOURNAL in almond(8)", path);
+		todo("%s: see THE JOURNAL in almond(8)", path);
 }
 
 static void check_mbox(int spool, const char *name)

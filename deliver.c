@@ -76,7 +76,7 @@ struct out {
 	off_t start, at;
 	bool dry;                       /* count, and write nothing */
 	struct lock *lock;
-	char first[MARK];
+	char first[MARK], last[MARK];   /* last: only of a dry run */
 };
 
 static void sync_out(struct out *o)
@@ -87,8 +87,12 @@ static void sync_out(struct out *o)
 
 static void put(struct out *o, const char *p, size_t n)
 {
-	size_t k;
+	size_t k = n < MARK ? n : MARK;
 
+	if (o->dry) {
+		memmove(o->last, o->last + k, MARK - k);
+		memcpy(o->last + MARK - k, p + n - k, k);
+	}
 	for (; n && o->at - o->start < MARK; n--)
 		o->first[o->at++ - o->start] = *p++;
 	for (; n && !o->err; n -= k, p += k, o->at += (off_t)k) {
@@ -210,7 +214,7 @@ static int append(int fd, struct lock *lock, const struct mail *m, off_t size)
 	put_mail(&o, m);
 	end = o.at;
 	note = o.err ? o.err :
-	    journal_intend(lock, (uint64_t)size, (uint64_t)end, o.first);
+	    journal_intend(lock, (uint64_t)size, (uint64_t)end, o.first, o.last);
 	if (note < 0 && note != -EPERM)
 		return note;
 	o.dry = false;

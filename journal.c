@@ -5,7 +5,8 @@
  * A commit takes the extents g out of the mailbox's octets [a, S), which leaves [a, N):
  *   1. the mailbox, whose agents may not have synced it;                     fsync
  *      the journal gets the old octets [a, S), the extents, a random mark;   fsync
- *   2. the mark goes over the mailbox's last octets, in front of S;          fsync
+ *   2. the mark goes over octets at the mailbox's end, but not its last,
+ *      by which agents see whether an empty line is there;                   fsync
  *   3. [a, N) gets its new octets;                                           fsync
  *   4. the mailbox is cut at N;                                              fsync
  *   5. the journal is emptied;                                               fsync
@@ -15,7 +16,8 @@
  * with the mark the old octets are written back, and without it nothing was begun or all is done.
  * A cut inside a block zeroes the rest of the block, and these zeros may reach the disk before the
  * new size: they are a mark too.  So a mere cut at the end leaves a note like a delivery's: what
- * lies between these offsets is void unless its first octets are all there.
+ * lies between these offsets is void if some of its first octets are zeros, and its last ones are
+ * no other mail's.
  *
  * A name that was made is not trusted until its directory was synced; since who made it may have
  * been stopped in between, a mode bit tells that: .almond is 1700, BOX too, a file is 0700. */
@@ -30,7 +32,7 @@
 
 /* PIECE: fsync after so many octets, so that the dot-lock is touched in time on slow flash too.
  * PART: a buffer's share where three are compared. */
-enum { PIECE = 4 << 20, PART = SCAN_BUFFER / 4 };
+enum { PIECE = 4 << 20, PART = SCAN_BUFFER / 4, LAST = 4 };
 
 struct head {
 	char magic[8];
@@ -38,6 +40,7 @@ struct head {
 	uint64_t at, left, end; /* a, N, S; of a note: its begin twice, its end */
 	uint64_t count;         /* extents; none: a note */
 	char mark[MARK];        /* of a note: the first octets */
+	char last[MARK];        /* of a note */
 };
 static const char magic[8] = "almond1\n";
 
@@ -119,9 +122,17 @@ static uint64_t kept(const struct work *w, uint64_t i, uint64_t *from)
 	return (i + 1 < w->h.count ? w->g[i + 1].at : w->h.end) - *from;
 }
 
-static size_t mark_size(const struct work *w)
+/* The mark's size, and *at is where it lies: LAST octets or more in front of S, if N is not too
+ * near, and in one sector, which is written as a whole. */
+static size_t mark_place(const struct work *w, uint64_t *at)
 {
-	return w->h.end - w->h.left < MARK ? (size_t)(w->h.end - w->h.left) : MARK;
+	uint64_t n = w->h.end - w->h.left, last = n > LAST ? LAST : 0;
+	size_t k = n - last < MARK ? (size_t)(n - last) : MARK;
+
+	*at = w->h.end - last - k;
+	if ((*at & ~(MARK - 1ULL)) >= w->h.left)
+		*at &= ~(MARK - 1ULL);
+	return k;
 }
 
 /* ---- where it lies: SPOOL/.almond/BOX ---- */
@@ -207,8 +218,10 @@ static void open_work(struct work *w, const char *name, bool make)
 		w->fd = own(w->fd < 0 ? -errno : w->fd, S_IFREG, &st);
 		w->size = (uint64_t)st.st_size;
 		w->made = st.st_mode & S_IXUSR;
-		if (w->fd < 0)
+		if (w->fd < 0) {
 			close(w->dir);
+			w->dir = -1;
+		}
 	}
 	w->err = w->fd < 0 ? w->fd : 0;
 }
@@ -229,7 +242,7 @@ static bool whole(struct work *w)
 	size_t n = (size_t)h->count * sizeof *w->g, k;
 
 	if (w->err || memcmp(h->magic, magic, sizeof magic) != 0 || h->count > MAX_MESSAGES ||
-	    h->at > h->left || h->left > h->end || w->size != sizeof *h + octets + n)
+	    w->size != sizeof *h + octets + n)
 		return false;
 	w->g = map(n + 1);
 	if (!w->g)
@@ -322,18 +335,21 @@ static unsigned likeness(const char *file, const char *o, const char *n, size_t 
 	return is;
 }
 
-/* Are the mailbox's n octets at `to` still the old ones, or those that lay at `from`, or some of
- * either?  The bits of `is` that stay. */
+/* Are the mailbox's n octets at `to` still the old ones, or those that lay at `from` (0: zeros), or
+ * some of either?  The bits of `is` that stay. */
 static unsigned compare(struct work *w, uint64_t to, uint64_t from, uint64_t n, unsigned is)
 {
 	char *p = buffer;
 	size_t k;
 
-	for (; n && is && !w->err; n -= k, from += k, to += k) {
+	for (; n && is && !w->err; n -= k, from += from ? k : 0, to += k) {
 		k = n < PART ? (size_t)n : PART;
 		get(w, w->l->fd, p, k, to);
 		get(w, w->fd, p + PART, k, old(w, to));
-		get(w, w->fd, p + 2 * PART, k, old(w, from));
+		if (from)
+			get(w, w->fd, p + 2 * PART, k, old(w, from));
+		else
+			memset(p + 2 * PART, 0, k);
 		is = likeness(p, p + PART, p + 2 * PART, k, is);
 		lock_touch(w->l);
 	}
@@ -352,10 +368,10 @@ static uint64_t mailbox_size(struct work *w)
 /* What was done, by what is there of [a, N) and of the mark. */
 static enum done judge(struct work *w)
 {
-	uint64_t n, from, to = w->h.at, size = mailbox_size(w);
-	unsigned is = OLD | NEW | EITHER, mark;
+	uint64_t n, from, at, to = w->h.at, size = mailbox_size(w);
+	unsigned is = OLD | NEW | EITHER, mark, zeros;
 	char there[MARK], was[MARK], first = 0;
-	size_t i, k = mark_size(w);
+	size_t i, k = mark_place(w, &at);
 
 	if (size < w->h.left)
 		return KEPT;
@@ -370,12 +386,11 @@ static enum done judge(struct work *w)
 		is &= ~(unsigned)NEW;
 	if (size < w->h.end)
 		return is & NEW ? DONE : KEPT;
-	/* with mail behind S, zeros count where they begin at N: that mail may hold some */
-	if (size == w->h.end)
-		first = 0;
-	get(w, w->l->fd, there, k, w->h.end - k);
-	get(w, w->fd, was, k, old(w, w->h.end - k));
-	for (i = 0; i < k && !first; i++)
+	/* zeros of a cut, not of a mail: nothing else lies between N and them */
+	zeros = compare(w, to, 0, at - to, EITHER);
+	get(w, w->l->fd, there, k, at);
+	get(w, w->fd, was, k, old(w, at));
+	for (i = 0; i < k && zeros; i++)
 		if (!there[i])
 			there[i] = w->h.mark[i];
 	mark = likeness(there, was, w->h.mark, k, OLD | NEW | EITHER);
@@ -383,8 +398,8 @@ static enum done judge(struct work *w)
 		return is & EITHER ? UNDO : KEPT;
 	if (mark & OLD && is & (OLD | NEW))
 		return UNDONE;
-	/* a mark in part was being written: nothing has moved */
-	if (mark & is & EITHER && is & OLD)
+	/* a mark in part, which lay in two sectors, was being written: nothing has moved */
+	if (mark & EITHER && is & OLD && at % MARK)
 		return UNDO;
 	return is & NEW ? DONE : KEPT;
 }
@@ -392,13 +407,16 @@ static enum done judge(struct work *w)
 /* The mark last: as long as it stands, this can be begun again. */
 static void undo(struct work *w)
 {
-	uint64_t at = w->h.at, k = mark_size(w), last = w->h.end - k;
+	uint64_t from = w->h.at, at;
+	size_t k = mark_place(w, &at);
 
-	put(w, w->l->fd, w->h.mark, (size_t)k, last);
+	sync_file(w, w->fd);
+	put(w, w->l->fd, w->h.mark, k, at);
 	sync_file(w, w->l->fd);
-	copy(w, false, at, at, last - at);
+	copy(w, false, from, from, at - from);
+	copy(w, false, at + k, at + k, w->h.end - at - k);
 	sync_file(w, w->l->fd);
-	copy(w, false, last, last, k);
+	copy(w, false, at, at, k);
 	sync_file(w, w->l->fd);
 	if (!w->err)
 		trouble(w->l->box, "undone, what a crash cut short");
@@ -420,15 +438,16 @@ static void keep(struct work *w)
  * be the mark there is written anew, if there is room. */
 static enum done settle(struct work *w)
 {
-	uint64_t k = mark_size(w), last = w->h.end - k;
 	enum done done = judge(w);
+	uint64_t at;
+	size_t k = mark_place(w, &at);
 
 	if (!w->err && done == KEPT)
 		keep(w);
 	if (!w->err && done == UNDO)
 		undo(w);
 	if (done == UNDONE) {
-		copy(w, false, last, last, k);
+		copy(w, false, at, at, k);
 		if (w->err == -ENOSPC || w->err == -EDQUOT || w->err == -EFBIG)
 			w->err = 0;
 	}
@@ -436,18 +455,22 @@ static enum done settle(struct work *w)
 	return done;
 }
 
-/* Is what the note speaks of void: have some of its first octets not come, or gone?  An empty line
- * in front of a delivery stays where mail has come behind it, whose agent saw one. */
+/* Is what the note speaks of void: have some of its first octets not come, or gone?  Its last ones
+ * are its own, or zeros: else other mail has come in its place.  An empty line in front of a
+ * delivery stays where mail has come behind it, whose agent saw one. */
 static void settle_note(struct work *w)
 {
 	struct gone g = { .at = w->h.at, .size = w->h.end - w->h.at };
 	uint64_t size = mailbox_size(w);
 	char zeros[MARK] = "", there[MARK];
-	size_t n = mark_size(w);
+	size_t n = g.size < MARK ? (size_t)g.size : MARK;
 
 	if (size >= w->h.end) {
 		get(w, w->l->fd, there, n, g.at);
 		if (likeness(there, w->h.mark, zeros, n, OLD | EITHER) != EITHER)
+			size = 0;
+		get(w, w->l->fd, there, n, w->h.end - n);
+		if (!likeness(there, w->h.last + MARK - n, zeros, n, EITHER))
 			size = 0;
 		for (n = 0; n < MARK && (w->h.mark[n] == '\n' || w->h.mark[n] == '\r'); n++)
 			;
@@ -463,7 +486,7 @@ static void settle_note(struct work *w)
 	sync_file(w, w->l->fd);
 }
 
-static const char *const names[] = { "journal", "delivery" };
+static const char *const names[] = { "journal", "note" };
 
 bool journal_waits(int spool, const char *box)
 {
@@ -527,9 +550,10 @@ static void cut_mailbox(struct work *w)
 static void move(struct work *w)
 {
 	uint64_t i, to = w->h.at, from, n;
+	size_t k = mark_place(w, &from);
 	int fd = w->l->fd;
 
-	put(w, fd, w->h.mark, mark_size(w), w->h.end - mark_size(w));
+	put(w, fd, w->h.mark, k, from);
 	sync_file(w, fd);
 	for (i = 0; i < w->h.count; i++, to += n) {
 		n = kept(w, i, &from);
@@ -571,13 +595,15 @@ static bool journaled(struct work *w)
 static void noted(struct work *w, uint64_t size)
 {
 	uint64_t at = w->h.left;
-	char first[MARK] = "";
+	size_t k = size - at < MARK ? (size_t)(size - at) : MARK;
+	char first[MARK] = "", last[MARK] = "";
 	int note = -1;
 
 	if (at) {
 		sync_file(w, w->l->fd);
-		get(w, w->l->fd, first, size - at < MARK ? (size_t)(size - at) : MARK, at);
-		note = journal_intend(w->l, at, size, first);
+		get(w, w->l->fd, first, k, at);
+		get(w, w->l->fd, last + MARK - k, k, size - k);
+		note = journal_intend(w->l, at, size, first, last);
 	}
 	cut_mailbox(w);
 	if (note >= 0 && !w->err && ftruncate(note, 0) == 0)
@@ -627,12 +653,14 @@ int journal_take_out(struct lock *l, struct gone *g, size_t n, uint64_t size)
 
 /* ---- a note ---- */
 
-int journal_intend(struct lock *l, uint64_t at, uint64_t end, const char first[MARK])
+int journal_intend(struct lock *l, uint64_t at, uint64_t end, const char first[MARK],
+	const char last[MARK])
 {
 	struct work w = { .l = l, .h = { .at = at, .left = at, .end = end } };
 
 	memcpy(w.h.mark, first, MARK);
-	write_down(&w, "delivery");
+	memcpy(w.h.last, last, MARK);
+	write_down(&w, "note");
 	if (w.err)
 		return none(w.err) ? -EPERM : w.err;
 	close(w.dir);

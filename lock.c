@@ -336,7 +336,7 @@ static bool peer_is(int fd, uid_t uid)
  * -EPERM: it is none of us. */
 static int session_ask(const struct sockaddr_un *a, socklen_t n, uid_t uid)
 {
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), err = -EPERM;
+	int fd = open_socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK), err = -EPERM;
 	struct pollfd p = { .fd = fd, .events = POLLIN };
 	char c;
 
@@ -350,7 +350,7 @@ static int session_ask(const struct sockaddr_un *a, socklen_t n, uid_t uid)
 
 int session_lock(const struct stat *spool, const char *box, uid_t uid)
 {
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), err = 0, tries = 3;
+	int fd = open_socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK), err = 0, tries = 3;
 	struct sockaddr_un a;
 	socklen_t n = session_address(&a, spool, box);
 	uint64_t end =

@@ -293,20 +293,18 @@ int maildir_fetch(struct vault *v, uint32_t number)
 static int remove_one(struct vault *v, uint32_t number, unsigned *touched)
 {
 	char path[NAME_MAX + 8];
-	int err, tries = 2;
+	int err = 0, tries = 20;
 
-	while (tries-- && path_of(number, path, sizeof path)) {
+	while (!err && path_of(number, path, sizeof path)) {
 		if (unlinkat(v->fd, path, 0) == 0) {
 			*touched |= 1U << list.entry[number].cur;
 			return 0;
 		}
 		if (errno != ENOENT)
 			return -errno;
-		err = refresh(v);
-		if (err)
-			return err;
+		err = tries-- ? refresh(v) : -EAGAIN;
 	}
-	return 0;       /* another program was faster */
+	return err;     /* 0: another program was faster */
 }
 
 static int sync_dir(int maildir, const char *name)

@@ -267,7 +267,7 @@ static int listening[MAX_LISTEN], listen_count;
 
 static int listen_on(const struct sockaddr *a, socklen_t n, bool both)
 {
-	int fd = socket(a->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1,
+	int fd = open_socket(a->sa_family, SOCK_STREAM | SOCK_NONBLOCK), on = 1,
 	    off = 0, err = 0;
 
 	if (fd < 0)

@@ -293,8 +293,8 @@ int mbox_fits(struct pieces *s, int fd, const struct gone *g, uint64_t size)
 	if (end < size)
 		return n < 5 || memcmp(p, "From ", 5) ? -EAGAIN : 0;
 	/* What a delivery has put behind the snapshot since then, if only the first octet of it
-	 * yet. */
-	while (n && (*p == '\n' || *p == '\r'))
+	 * yet, or, as `almond deliver` does, the zeros that hold its place. */
+	while (n && (!*p || *p == '\n' || *p == '\r'))
 		p++, n--;
 	return memcmp(p, "From ", n < 5 ? (size_t)n : 5) ? -EAGAIN : 0;
 }

@@ -643,7 +643,7 @@ static int run(int in, int out)
 	int pair[2], status = 0, null, signal_fd = signal_open(signals);
 	pid_t child;
 
-	if (signal_fd < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+	if (signal_fd < 0 || channel_pair(pair) < 0)
 		return EX_OS;
 	child = branch();
 	if (child < 0)

@@ -202,7 +202,7 @@ static bool log_stderr;
 static int log_connect(void)
 {
 	struct sockaddr_un a = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
-	int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	int fd = open_socket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK);
 
 	if (fd >= 0 && connect(fd, (struct sockaddr *)&a, sizeof a) < 0) {
 		close(fd);
@@ -364,7 +364,8 @@ int open_at(int dir, const char *path, int flags)
 	return fd < 0 ? -errno : fd;
 }
 
-/* libc's way to these two is 0.5 kB, since its struct need not be the kernel's.  Here it is. */
+/* libc's way to these is 1 kB: its struct need not be the kernel's, and a kernel may be older than
+ * Linux 2.6.27.  Here neither is so. */
 #if defined __x86_64__ && defined __LP64__
 _Static_assert(offsetof(struct stat, st_mode) == 24, "not the kernel's");
 _Static_assert(offsetof(struct stat, st_size) == 48, "not the kernel's");
@@ -380,6 +381,16 @@ int stat_fd(int fd, struct stat *st)
 {
 	return (int)syscall(SYS_fstat, fd, st);
 }
+
+int channel_pair(int pair[2])
+{
+	return (int)syscall(SYS_socketpair, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair);
+}
+
+int open_socket(int domain, int type)
+{
+	return (int)syscall(SYS_socket, domain, type | SOCK_CLOEXEC, 0);
+}
 #else
 int stat_at(int dir, const char *path, struct stat *st, int flags)
 {
@@ -389,6 +400,16 @@ int stat_at(int dir, const char *path, struct stat *st, int flags)
 int stat_fd(int fd, struct stat *st)
 {
 	return fstat(fd, st);
+}
+
+int channel_pair(int pair[2])
+{
+	return socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair);
+}
+
+int open_socket(int domain, int type)
+{
+	return socket(domain, type | SOCK_CLOEXEC, 0);
 }
 #endif
 

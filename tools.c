@@ -93,7 +93,7 @@ static int check_spool(bool prepare)
 	if (warning)
 		log_line(L_WARN, "spool %s %s", conf.spool, warning);
 	if (ENABLE_MBOX && prepare && !journal_prepare(fd))
-		log_line(L_WARN, "%s/.almond: see THE JOURNAL in almond(8)", conf.spool);
+		log_line(L_WARN, "%s: see THE JOURNAL in almond(8)", conf.spool);
 	close(fd);
 	return 0;
 }

@@ -587,7 +587,7 @@ def test_deliver_is_durable_before_it_says_so(spool, kind):
         got = [x for x in got if x[1] != 'user.lock']
         # The new file's name; the note; all but the first octets; these.
         assert [x for i, x in enumerate(got) if x != got[i - 1]] == [
-            ('fsync', 'spool'), ('fsync', '.almond'), ('pwrite64', 'delivery'), ('fsync', 'delivery'), ('fsync', 'user'),
+            ('fsync', 'spool'), ('fsync', '.almond'), ('pwrite64', 'note'), ('fsync', 'note'), ('fsync', 'user'),
             ('pwrite64', 'user'), ('fsync', 'user'), ('pwrite64', 'user'), ('fsync', 'user')], got
 
 

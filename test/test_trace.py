@@ -187,7 +187,7 @@ def test_deleting_all_or_the_tail_writes_no_mail(spool, numbers, left):
     assert str(path) not in written(traced)
     # A cut inside a block wants a note first, and what others wrote on the disk before that.
     assert order(traced, path) == ['fsync'] * (left > 0) + ['ftruncate', 'fsync']
-    assert sum(written(traced).values()) - written(traced).get(str(path) + '.lock', 0) == (64 if left else 0)
+    assert sum(written(traced).values()) - written(traced).get(str(path) + '.lock', 0) == (80 if left else 0)
     assert path.read_bytes() == b''.join(SEPARATOR + mail + b'\n' for mail in MAILS[:left])
     assert spool.names() == ['user']
 

@@ -88,7 +88,7 @@ def hand_over(spool, mail, prefix=()):
 
 def dirt(spool):
     """What an almond that has nothing left to mend would not leave: a lock, a journal that is not empty, one kept aside."""
-    known = {BOX, '.almond', f'.almond/{BOX}', f'.almond/{BOX}/journal', f'.almond/{BOX}/delivery'}
+    known = {BOX, '.almond', f'.almond/{BOX}', f'.almond/{BOX}/journal', f'.almond/{BOX}/note'}
     there = {str(p.relative_to(spool.path)): p for p in spool.path.rglob('*')}
     full = {name for name, p in there.items() if name.startswith('.almond/') and p.is_file() and p.stat().st_size}
     return sorted(set(there) - known | full)

@@ -80,7 +80,7 @@ def within(figures, shape, first):
     assert len(figures.syncs) <= (SYNCS_FIRST if first else SYNCS), figures.syncs
     assert figures.other <= 64
     stayed = [os.path.relpath(p, figures.place) for p in figures.stayed]
-    assert set(stayed) <= ({'.', 'journal', 'delivery'} if first else set()), stayed
+    assert set(stayed) <= ({'.', 'journal', 'note'} if first else set()), stayed
     if shape.truncation:
         assert figures.mailbox == 0 and figures.journal <= NOTE
         assert figures.cuts.count(figures.box) == 1 and figures.syncs.count(figures.box) <= 2       # before the note, after the cut

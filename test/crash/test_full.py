@@ -521,7 +521,7 @@ def picture(*tops):
     seen = {}
     for top in tops:
         for path in [top, *sorted(top.rglob('*'))] if top.exists() else []:
-            if path.name == 'delivery':         # almond's, beside a journal that is not
+            if path.name == 'note':         # almond's, beside a journal that is not
                 continue
             st = path.lstat()
             data = (path.read_bytes() if stat.S_ISREG(st.st_mode) else

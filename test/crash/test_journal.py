@@ -11,7 +11,7 @@ from conftest import GROUP, OWNER, SECONDS
 from crash import ALMOND, ARRIVED, BOX, SHAPE, deliver, home, is_whole, make_spool, reopen, report, scale
 from test_kill import LOGIN, Kill, dele, killer, session       # noqa: F401 (the fixture builds the killer)
 
-HEAD = 64
+HEAD = 80
 NAMES = scale(['middle', 'small-first'], ['middle', 'small-first', 'alternate', 'crlf', 'all-but-last', 'two-runs', 'junk-first'])
 
 
@@ -91,7 +91,7 @@ def left_alone(spool, shape, data):
     assert spool.read(BOX) == data and kept(spool) == [file] and 'THE JOURNAL' not in log
     found = subprocess.run([ALMOND, 'check', '-d', spool.path, '-u', spool.users_file], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            timeout=SECONDS)
-    assert found.returncode == 1 and f'.almond/{BOX} holds mail'.encode() in found.stdout
+    assert found.returncode == 1 and f'.almond/{BOX}: see THE JOURNAL'.encode() in found.stdout
 
 
 # ---- another program was there between the crash and the login ----
