@@ -12,17 +12,17 @@
 /* Mailbox formats.  Which of them a user has is seen from what lies at SPOOL/user; at least one
  * must be on. */
 #ifndef ENABLE_MBOX
-#define ENABLE_MBOX 1 /* [8464] */
+#define ENABLE_MBOX 1 /* [14336] */
 #endif
 #ifndef ENABLE_MAILDIR
-#define ENABLE_MAILDIR 1 /* [3933] */
+#define ENABLE_MAILDIR 1 /* [3965] */
 #endif
 
 /* Believe Content-Length in an mbox (mboxcl2 spools) where it leads exactly to the next separator
  * or the end.  Off, because where the delivery agent does not write the field itself, a sender can
  * use it to hide the next mail inside his own. */
 #ifndef ENABLE_CONTENT_LENGTH
-#define ENABLE_CONTENT_LENGTH 0 /* [320] */
+#define ENABLE_CONTENT_LENGTH 0 /* [368] */
 #endif
 
 /* How much a "From " line behind a blank line must look like a separator: 0 = as it is; 1 = it
@@ -35,10 +35,10 @@
 /* Where accounts come from: a users file (-u), the system's own (-s, through /etc/passwd and
  * /etc/shadow). */
 #ifndef ENABLE_USERS
-#define ENABLE_USERS 1 /* [7872] */
+#define ENABLE_USERS 1 /* [7728] */
 #endif
 #ifndef ENABLE_SYSTEM
-#define ENABLE_SYSTEM 1 /* [576] */
+#define ENABLE_SYSTEM 1 /* [560] */
 #endif
 
 /* Password formats.  SCRAM-SHA-256 and {PLAIN} are always in.  ENABLE_CRYPT hands every other
@@ -46,14 +46,14 @@
  * (yescrypt, "$y$", is the default of Debian, Ubuntu, Fedora and Raspberry Pi OS). */
 /* $5$ and $6$ */
 #ifndef ENABLE_SHA_CRYPT
-#define ENABLE_SHA_CRYPT 1 /* [816] */
+#define ENABLE_SHA_CRYPT 1 /* [800] */
 #endif
 /* $1$ (OpenWrt to 23.05) and $apr1$ (htpasswd) */
 #ifndef ENABLE_MD5_CRYPT
 #define ENABLE_MD5_CRYPT 1 /* [32] */
 #endif
 #ifndef ENABLE_CRYPT
-#define ENABLE_CRYPT 0 /* [77160] */
+#define ENABLE_CRYPT 0 /* [77191] */
 #endif
 
 /* Protocol.  APOP is announced only where every account has a {PLAIN} secret.  LAST serves old
@@ -63,7 +63,7 @@
 #define ENABLE_APOP 1 /* [880] */
 #endif
 #ifndef ENABLE_LAST
-#define ENABLE_LAST 1 /* [64] */
+#define ENABLE_LAST 1 /* [48] */
 #endif
 #ifndef ENABLE_UTF8
 #define ENABLE_UTF8 0 /* [416] */
@@ -71,25 +71,25 @@
 
 /* Listen without inetd (and take sockets from systemd). */
 #ifndef ENABLE_ALONE
-#define ENABLE_ALONE 1 /* [3008] */
+#define ENABLE_ALONE 1 /* [2976] */
 #endif
 
 /* Two processes a session, so that the one that reads the network can open no file.  0 saves a
  * process where memory is short: a bug in the protocol's code is then a bug with the user's
  * rights, before the login with root's. */
 #ifndef ENABLE_PRIVSEP
-#define ENABLE_PRIVSEP 1 /* [2320] */
+#define ENABLE_PRIVSEP 1 /* [2048] */
 #endif
 
 /* The tools in the same binary. */
 #ifndef ENABLE_PASSWD
-#define ENABLE_PASSWD 1 /* [5248] */
+#define ENABLE_PASSWD 1 /* [5200] */
 #endif
 #ifndef ENABLE_DELIVER
-#define ENABLE_DELIVER 1 /* [4240] */
+#define ENABLE_DELIVER 1 /* [4528] */
 #endif
 #ifndef ENABLE_CHECK
-#define ENABLE_CHECK 1 /* [3748] */
+#define ENABLE_CHECK 1 /* [3908] */
 #endif
 
 /* The delivery locks of an mbox and their order: LOCK_FCNTL, LOCK_DOT, LOCK_FLOCK.  Debian's

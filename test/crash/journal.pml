@@ -246,6 +246,7 @@ start:	atomic { (lock == FREE && !agent_dead && (jfile != NONE || commits > 0)) 
 		if
 		:: i == nwant -> /* 0: nothing moves.  At a block's border; else with a note, below */
 #ifndef MUTANT_old_journal_left
+			/* journal.c saves this one: without it a journal may be put aside for nothing, no mail is lost */
 			STEP(jsync());
 #endif
 #ifdef MUTANT_plain_truncation_inside_a_block

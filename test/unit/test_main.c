@@ -1,6 +1,6 @@
 /* test_main.c: proves what main.c makes of addresses and networks.
  * Links: text.c tools.c auth.c verify.c hash.c lock.c mbox.c maildir.c store.c monitor.c pop3.c
- * Links: wire.c passwd.c deliver.c check.c */
+ * Links: wire.c passwd.c deliver.c check.c journal.c */
 #define main almond_main
 #include "../../main.c"
 #undef main
