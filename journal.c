@@ -442,9 +442,11 @@ static enum done settle(struct work *w)
 	uint64_t at;
 	size_t k = mark_place(w, &at);
 
-	if (!w->err && done == KEPT)
+	if (w->err)             /* it could not be read: nothing is known, and nothing emptied */
+		return KEPT;
+	if (done == KEPT)
 		keep(w);
-	if (!w->err && done == UNDO)
+	if (done == UNDO)
 		undo(w);
 	if (done == UNDONE) {
 		copy(w, false, at, at, k);
